@@ -60,9 +60,7 @@ class Topology:
     bindings: tuple[Binding, ...] = ()
 
     def __add__(self, other: Topology) -> Topology:
-        return Topology(
-            self.exchanges + other.exchanges, self.queues + other.queues, self.bindings + other.bindings
-        )
+        return Topology(self.exchanges + other.exchanges, self.queues + other.queues, self.bindings + other.bindings)
 
 
 EXCHANGES = (Exchange(COMMANDS, "direct"), Exchange(EVENTS, "topic"), Exchange(DEAD, "fanout"))

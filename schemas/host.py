@@ -1,0 +1,111 @@
+"""What a host says about itself, and what the ledger knows about it.
+
+A report is a claim by a half-trusted machine. Its shape and ranges are checked where it is decoded (messages.py);
+whether its figures make sense together is `implausible`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from deskfleet.schemas.errors import Reason
+from deskfleet.schemas.session import Outcome
+
+
+class Phase(StrEnum):
+    """Where a guest is, as its agent sees it."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU: every function of its IOMMU group, named by the first PCI address that is a display controller.
+
+    `offered` is true only when the whole group is bound to vfio-pci; `problem` says why not.
+    """
+
+    address: str
+    model: str
+    group: int
+    functions: tuple[str, ...]
+    offered: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class GuestReport:
+    """One guest as its host sees it; `ran` is true once its display answered. Ended guests stay listed for a while."""
+
+    sid: str
+    generation: int
+    phase: Phase
+    ran: bool = False
+    viewers: int = 0
+    outcome: Outcome | None = None
+    reason: Reason | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """A heartbeat: the whole truth about one host, every few seconds.
+
+    `incarnation` names one life of the agent process and `seq` counts its heartbeats. `last_generation` is the
+    highest command number the agent has processed: a guest with a generation up to it that is not listed does not
+    exist. `fenced` says that the agent lost its journal and starts nothing until it is told where the numbers are.
+    Units: MiB; `load1` is the one-minute load average.
+    """
+
+    host: str
+    incarnation: str
+    seq: int
+    boot_id: str
+    last_generation: int
+    fenced: bool
+    console: str
+    accel: str
+    cpus: int
+    memory_mib: int
+    load1: float
+    memory_free_mib: int
+    disk_mib: int
+    disk_free_mib: int
+    images: tuple[str, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+    guests: tuple[GuestReport, ...] = ()
+    problems: tuple[str, ...] = ()
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """A host as the ledger knows it: its command number, what an administrator set, and its last report."""
+
+    name: str
+    generation: int = 0
+    draining: bool = False
+    message: str = ""
+    seen_at: float = 0.0
+    report: HostReport | None = None
+
+
+def implausible(report: HostReport) -> str:
+    """Why the figures of a report cannot be true together; empty when they can."""
+    if report.cpus < 1 or report.memory_mib < 1:
+        return "no CPU or no memory"
+    if report.memory_free_mib > report.memory_mib * 1.01 + 64:
+        return "more memory free than there is"
+    if report.disk_free_mib > report.disk_mib:
+        return "more disk free than there is"
+    sids = [guest.sid for guest in report.guests]
+    if len(sids) != len(set(sids)):
+        return "one guest listed twice"
+    functions = [address for gpu in report.gpus for address in gpu.functions]
+    if len(functions) != len(set(functions)):
+        return "one PCI function in two GPUs"
+    return ""

@@ -1,0 +1,361 @@
+"""Messages between the services: one frozen dataclass and one schema each, in a registry by type.
+
+The envelope is AMQP's (type, correlation_id = session id, user_id checked by the broker); the body is JSON and holds
+only the payload. Unknown fields are ignored, so that old and new versions can meet on the wire.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
+
+from deskfleet.schemas.errors import DecodeError, Reason
+from deskfleet.schemas.host import Gpu, GuestReport, HostReport, Phase
+from deskfleet.schemas.machine import DIGEST, NAME, Firmware, Format, Os, Video
+from deskfleet.schemas.session import Outcome, Resources, State
+from deskfleet.schemas.tickets import SID
+
+MAX_BODY = 1 << 20
+HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
+ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%a-z]{2,64}\]|[A-Za-z0-9.-]{1,253}):[0-9]{1,5}")
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchRequested:
+    """A person wants a desktop. `sid` was minted in the form, so a repeat is the same request; `wait_s` is how long
+    it may wait for a place, counted by the receiver."""
+
+    sid: str
+    user: str
+    groups: tuple[str, ...]
+    machine: str
+    resources: Resources
+    persistent: bool
+    lifetime_s: int
+    wait_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequested:
+    """`actor` wants a session ended; `admin` is the portal's word that the actor is an administrator."""
+
+    sid: str
+    actor: str
+    admin: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    """An administrator takes a host out of placement, or puts it back."""
+
+    host: str
+    draining: bool
+    actor: str
+
+
+@dataclass(frozen=True, slots=True)
+class VmStart:
+    """Start this guest. Complete: the agent looks up nothing but the image file with that digest. Seconds and MiB."""
+
+    sid: str
+    generation: int
+    user: str
+    machine: str
+    os: Os
+    sha256: str
+    format: Format
+    video: Video
+    firmware: Firmware
+    resources: Resources
+    gpu_addresses: tuple[str, ...]
+    persistent: bool
+    lifetime_s: int
+    grace_s: int
+    connect_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class VmStop:
+    """End this guest, and never start it under this generation or a lower one. Idempotent."""
+
+    sid: str
+    generation: int
+    outcome: Outcome
+    reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class HostFence:
+    """Where the numbers are: an agent that lost its journal starts nothing up to `generation`."""
+
+    host: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class VmReport:
+    """One guest changed; the same entry also stands in the next heartbeat."""
+
+    host: str
+    guest: GuestReport
+
+
+@dataclass(frozen=True, slots=True)
+class SessionChanged:
+    """The scheduler's announcement: a session is in a new state. Proxies cut consoles on it."""
+
+    sid: str
+    state: State
+    outcome: Outcome | None
+    host: str
+    generation: int
+
+
+Message = (
+    LaunchRequested
+    | StopRequested
+    | DrainRequested
+    | VmStart
+    | VmStop
+    | HostFence
+    | VmReport
+    | HostReport
+    | SessionChanged
+)
+
+_COUNT = validate.Range(0, 1 << 40)
+
+
+def _sid() -> fields.Str:
+    return fields.Str(required=True, validate=validate.Regexp(rf"\A{SID.pattern}\Z"))
+
+
+def _host() -> fields.Str:
+    return fields.Str(required=True, validate=validate.Regexp(rf"\A{HOST.pattern}\Z"))
+
+
+def _text(limit: int, least: int = 0) -> fields.Str:
+    return fields.Str(required=True, validate=validate.Length(least, limit))
+
+
+def _int(low: int = 0, high: int = 1 << 40) -> fields.Int:
+    return fields.Int(required=True, strict=True, validate=validate.Range(low, high))
+
+
+def _bool() -> fields.Bool:
+    return fields.Bool(required=True, truthy={True}, falsy={False})
+
+
+class Tuple(fields.List[Any]):
+    """A JSON list that becomes a tuple, with a limit on its length."""
+
+    def __init__(self, item: fields.Field[Any], limit: int) -> None:
+        super().__init__(item, required=True, validate=validate.Length(max=limit))
+
+    def _deserialize(self, *args: Any, **kwargs: Any) -> Any:
+        return tuple(super()._deserialize(*args, **kwargs))
+
+
+def _addresses() -> Tuple:
+    return Tuple(fields.Str(validate=validate.Regexp(rf"\A{PCI_ADDRESS.pattern}\Z")), 64)
+
+
+class Wire(Schema):
+    """Base of the wire schemas: ignores what it does not know and builds `target`."""
+
+    target: type[Any]
+
+    class Meta:
+        unknown = EXCLUDE
+
+    @post_load
+    def _make(self, data: dict[str, Any], **_: Any) -> Any:
+        return self.target(**data)
+
+
+class ResourcesSchema(Wire):
+    target = Resources
+    cpus = _int(1, 4096)
+    memory_mib = _int(1, 1 << 24)
+    disk_gib = _int(1, 1 << 24)
+    gpus = _int(0, 64)
+    gpu_model = _text(128)
+
+
+class LaunchRequestedSchema(Wire):
+    target = LaunchRequested
+    sid = _sid()
+    user = _text(320, 1)
+    groups = Tuple(fields.Str(validate=validate.Length(1, 256)), 1000)
+    machine = fields.Str(required=True, validate=validate.Regexp(rf"\A{NAME.pattern}\Z"))
+    resources = fields.Nested(ResourcesSchema, required=True)
+    persistent = _bool()
+    lifetime_s = _int(60, 366 * 24 * 3600)
+    wait_s = _int(0, 366 * 24 * 3600)
+
+
+class StopRequestedSchema(Wire):
+    target = StopRequested
+    sid = _sid()
+    actor = _text(320, 1)
+    admin = _bool()
+
+
+class DrainRequestedSchema(Wire):
+    target = DrainRequested
+    host = _host()
+    draining = _bool()
+    actor = _text(320, 1)
+
+
+class VmStartSchema(Wire):
+    target = VmStart
+    sid = _sid()
+    generation = _int(1)
+    user = _text(320, 1)
+    machine = fields.Str(required=True, validate=validate.Regexp(rf"\A{NAME.pattern}\Z"))
+    os = fields.Enum(Os, required=True, by_value=True)
+    sha256 = fields.Str(required=True, validate=validate.Regexp(rf"\A{DIGEST.pattern}\Z"))
+    format = fields.Enum(Format, required=True, by_value=True)
+    video = fields.Enum(Video, required=True, by_value=True)
+    firmware = fields.Enum(Firmware, required=True, by_value=True)
+    resources = fields.Nested(ResourcesSchema, required=True)
+    gpu_addresses = _addresses()
+    persistent = _bool()
+    lifetime_s = _int(1, 366 * 24 * 3600)
+    grace_s = _int(0, 366 * 24 * 3600)
+    connect_s = _int(0, 366 * 24 * 3600)
+
+
+class VmStopSchema(Wire):
+    target = VmStop
+    sid = _sid()
+    generation = _int(0)
+    outcome = fields.Enum(Outcome, required=True, by_value=True)
+    reason = fields.Enum(Reason, required=True, by_value=True)
+
+
+class HostFenceSchema(Wire):
+    target = HostFence
+    host = _host()
+    generation = _int(0)
+
+
+class GuestReportSchema(Wire):
+    target = GuestReport
+    sid = _sid()
+    generation = _int(0)
+    phase = fields.Enum(Phase, required=True, by_value=True)
+    ran = _bool()
+    viewers = _int(0, 100_000)
+    outcome = fields.Enum(Outcome, required=True, by_value=True, allow_none=True)
+    reason = fields.Enum(Reason, required=True, by_value=True, allow_none=True)
+    detail = _text(4000)
+
+
+class VmReportSchema(Wire):
+    target = VmReport
+    host = _host()
+    guest = fields.Nested(GuestReportSchema, required=True)
+
+
+class GpuSchema(Wire):
+    target = Gpu
+    address = fields.Str(required=True, validate=validate.Regexp(rf"\A{PCI_ADDRESS.pattern}\Z"))
+    model = _text(128, 1)
+    group = _int(0, 1 << 20)
+    functions = _addresses()
+    offered = _bool()
+    problem = _text(400)
+
+
+class HostReportSchema(Wire):
+    target = HostReport
+    host = _host()
+    incarnation = _text(64, 1)
+    seq = _int()
+    boot_id = _text(64, 1)
+    last_generation = _int()
+    fenced = _bool()
+    console = fields.Str(required=True, validate=validate.Regexp(rf"\A({ADDRESS.pattern})?\Z"))
+    accel = fields.Str(required=True, validate=validate.OneOf(["kvm", "tcg", "none"]))
+    cpus = _int(0, 65_536)
+    memory_mib = _int(0, 1 << 32)
+    load1 = fields.Float(required=True, allow_nan=False, validate=validate.Range(0, 1e6))
+    memory_free_mib = _int(0, 1 << 32)
+    disk_mib = _int(0, 1 << 40)
+    disk_free_mib = _int(0, 1 << 40)
+    images = Tuple(fields.Str(validate=validate.Regexp(rf"\A{DIGEST.pattern}\Z")), 10_000)
+    gpus = Tuple(fields.Nested(GpuSchema), 64)
+    guests = Tuple(fields.Nested(GuestReportSchema), 5_000)
+    problems = Tuple(fields.Str(validate=validate.Length(1, 400)), 100)
+    version = _text(64)
+
+
+class SessionChangedSchema(Wire):
+    target = SessionChanged
+    sid = _sid()
+    state = fields.Enum(State, required=True, by_value=True)
+    outcome = fields.Enum(Outcome, required=True, by_value=True, allow_none=True)
+    host = _text(63)
+    generation = _int(0)
+
+
+#: AMQP type property -> schema. The docs' message table is generated from this.
+REGISTRY: dict[str, Wire] = {
+    "launch.requested.v1": LaunchRequestedSchema(),
+    "stop.requested.v1": StopRequestedSchema(),
+    "host.drain.v1": DrainRequestedSchema(),
+    "vm.start.v1": VmStartSchema(),
+    "vm.stop.v1": VmStopSchema(),
+    "host.fence.v1": HostFenceSchema(),
+    "vm.report.v1": VmReportSchema(),
+    "host.heartbeat.v1": HostReportSchema(),
+    "session.changed.v1": SessionChangedSchema(),
+}
+_KINDS = {schema.target: kind for kind, schema in REGISTRY.items()}
+_M = TypeVar("_M")
+
+
+def encode(message: Message) -> tuple[str, bytes]:
+    """The AMQP type and the JSON body of a message."""
+    kind = _KINDS[type(message)]
+    body = json.dumps(REGISTRY[kind].dump(message), separators=(",", ":"), allow_nan=False)
+    return kind, body.encode()
+
+
+def decode(kind: str, body: bytes) -> Message:
+    """The message that `body` holds.
+
+    Raises:
+        DecodeError: unknown type, not JSON, too long, or a field missing or out of range. It keeps the bytes.
+    """
+    schema = REGISTRY.get(kind)
+    if schema is None:
+        raise DecodeError(kind, body, "this type is not known")
+    if len(body) > MAX_BODY:
+        raise DecodeError(kind, body[:4096], f"longer than {MAX_BODY} bytes")
+    try:
+        message: Message = schema.load(json.loads(body))
+    except (ValueError, RecursionError) as error:
+        raise DecodeError(kind, body, f"not JSON ({type(error).__name__})") from None
+    except ValidationError as error:
+        raise DecodeError(kind, body, json.dumps(error.messages)[:1000]) from None
+    return message
+
+
+def decode_as(expected: type[_M], kind: str, body: bytes) -> _M:
+    """Like `decode`, for a queue that carries one type only.
+
+    Raises:
+        DecodeError: also when the message is a valid one of another type.
+    """
+    message = decode(kind, body)
+    if not isinstance(message, expected):
+        raise DecodeError(kind, body, f"expected {_KINDS[expected]}")
+    return message
