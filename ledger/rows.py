@@ -1,0 +1,78 @@
+"""Rows to domain types and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import RowMapping
+
+from deskfleet.schemas.errors import DecodeError, Reason
+from deskfleet.schemas.host import Host, HostReport
+from deskfleet.schemas.messages import decode_as
+from deskfleet.schemas.session import Outcome, Resources, Session, State
+from deskfleet.schemas.verdict import Verdict
+
+_HEARTBEAT = "host.heartbeat.v1"
+
+
+def to_session(row: RowMapping) -> Session:
+    """The session that a row of the session table holds."""
+    return Session(
+        sid=row["sid"],
+        user=row["user"],
+        machine=row["machine"],
+        resources=Resources(row["cpus"], row["memory_mib"], row["disk_gib"], row["gpus"], row["gpu_model"]),
+        persistent=bool(row["persistent"]),
+        lifetime_s=row["lifetime_s"],
+        state=State(row["state"]),
+        outcome=Outcome(row["outcome"]) if row["outcome"] else None,
+        reason=Reason(row["reason"]) if row["reason"] else None,
+        detail=row["detail"],
+        host=row["host"],
+        generation=row["generation"],
+        attempt=row["attempt"],
+        gpu_addresses=tuple(json.loads(row["gpu_addresses"])),
+        wait_s=row["wait_s"],
+        waited_s=row["waited_s"],
+        created_at=row["created_at"],
+        changed_at=row["changed_at"],
+    )
+
+
+def session_values(session: Session) -> dict[str, Any]:
+    """The columns that change in a session's life."""
+    return {
+        "state": session.state.value,
+        "outcome": session.outcome.value if session.outcome else None,
+        "reason": session.reason.value if session.reason else None,
+        "detail": session.detail,
+        "host": session.host,
+        "generation": session.generation,
+        "attempt": session.attempt,
+        "gpu_addresses": json.dumps(session.gpu_addresses),
+        "waited_s": session.waited_s,
+        "changed_at": session.changed_at,
+    }
+
+
+def to_host(row: RowMapping) -> Host:
+    """The host that a row holds. A stored report of an older shape counts as none: the next heartbeat mends it."""
+    report = None
+    if row["report"]:
+        try:
+            report = decode_as(HostReport, _HEARTBEAT, row["report"].encode())
+        except DecodeError:
+            report = None
+    return Host(row["name"], row["generation"], bool(row["draining"]), row["message"], row["seen_at"], report)
+
+
+def verdicts_text(verdicts: Sequence[Verdict]) -> str:
+    """Verdicts as stored with a session."""
+    return json.dumps([[v.host, v.reason.value, v.detail] for v in verdicts])
+
+
+def to_verdicts(row: Mapping[str, Any]) -> tuple[Verdict, ...]:
+    """The verdicts of the last placement try."""
+    return tuple(Verdict(host, Reason(reason), detail) for host, reason, detail in json.loads(row["verdicts"]))

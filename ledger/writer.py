@@ -1,0 +1,182 @@
+"""Changes to the ledger. Imported by the scheduler alone (an import contract says so).
+
+Every change of an exclusive thing is a compare-and-set: it names the state that it was decided on, and `Conflict`
+means that somebody else was there first, so the decision must be taken again on fresh rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from sqlalchemy import Connection, Engine, delete, insert, select, update
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.exc import IntegrityError
+
+from deskfleet.ledger import tables
+from deskfleet.ledger.reader import all_hosts, live_sessions
+from deskfleet.ledger.rows import session_values, to_session, verdicts_text
+from deskfleet.schemas.errors import DeskfleetError
+from deskfleet.schemas.host import Host, HostReport
+from deskfleet.schemas.messages import encode
+from deskfleet.schemas.session import Event, Session
+from deskfleet.schemas.verdict import Verdict
+
+
+class Conflict(DeskfleetError):
+    """Raised when a row is no longer as the decision found it. Nothing of the transaction is kept."""
+
+
+class Transaction:
+    """Changes that are committed together. Made by `Writer.begin`."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        postgresql = connection.dialect.name == "postgresql"
+        self._insert = postgresql_insert if postgresql else sqlite_insert
+
+    def add(self, session: Session) -> bool:
+        """Record a new request; False when its sid is already known (a repeat of the same request)."""
+        resources = session.resources
+        row = {
+            "sid": session.sid,
+            "user": session.user,
+            "machine": session.machine,
+            "cpus": resources.cpus,
+            "memory_mib": resources.memory_mib,
+            "disk_gib": resources.disk_gib,
+            "gpus": resources.gpus,
+            "gpu_model": resources.gpu_model,
+            "persistent": session.persistent,
+            "lifetime_s": session.lifetime_s,
+            "wait_s": session.wait_s,
+            "created_at": session.created_at,
+            "verdicts": "[]",
+            **session_values(session),
+        }
+        query = self._insert(tables.session).values(row).on_conflict_do_nothing(index_elements=["sid"])
+        # RETURNING, not rowcount: psycopg reports -1 rows for an insert that returns its identity.
+        return self._connection.execute(query.returning(tables.session.c.sid)).first() is not None
+
+    def session(self, sid: str) -> Session | None:
+        """One session as this transaction sees it."""
+        query = select(tables.session).where(tables.session.c.sid == sid)
+        row = self._connection.execute(query).mappings().first()
+        return to_session(row) if row else None
+
+    def live_sessions(self) -> list[Session]:
+        """Every session that has not ended, oldest request first."""
+        return live_sessions(self._connection)
+
+    def hosts(self) -> list[Host]:
+        """Every host that ever reported."""
+        return all_hosts(self._connection)
+
+    def save(self, before: Session, after: Session, event: Event, verdicts: Sequence[Verdict] = ()) -> None:
+        """Move a session from `before` to `after` and write the step to its timeline.
+
+        Raises:
+            Conflict: the row is not in `before`'s state and generation any more, or a GPU is held by another session.
+        """
+        query = (
+            update(tables.session)
+            .where(
+                tables.session.c.sid == before.sid,
+                tables.session.c.state == before.state.value,
+                tables.session.c.generation == before.generation,
+            )
+            .values({**session_values(after), "verdicts": verdicts_text(verdicts)})
+        )
+        if self._connection.execute(query).rowcount != 1:
+            raise Conflict(f"session {before.sid} is no longer {before.state} under {before.generation}")
+        if (before.host, before.gpu_addresses) != (after.host, after.gpu_addresses) or not after.on_host:
+            self._hold_gpus(after)
+        self.note(after, event)
+
+    def _hold_gpus(self, session: Session) -> None:
+        self._connection.execute(delete(tables.gpu_hold).where(tables.gpu_hold.c.sid == session.sid))
+        if not (session.on_host and session.gpu_addresses):
+            return
+        rows = [{"host": session.host, "address": a, "sid": session.sid} for a in session.gpu_addresses]
+        try:
+            self._connection.execute(insert(tables.gpu_hold), rows)
+        except IntegrityError as error:
+            raise Conflict(f"a GPU of {session.host} is held by another session") from error
+
+    def note(self, session: Session, event: Event) -> None:
+        """Write a step to a session's timeline."""
+        self._connection.execute(
+            insert(tables.session_event).values(
+                sid=session.sid,
+                at=session.changed_at,
+                event=event.value,
+                state=session.state.value,
+                host=session.host,
+                reason=session.reason.value if session.reason else None,
+                detail=session.detail,
+            )
+        )
+
+    def explain(self, sid: str, verdicts: Sequence[Verdict], waited_s: float) -> None:
+        """Store why a waiting session was not placed at the last try, and how long it has waited (seconds)."""
+        self._connection.execute(
+            update(tables.session)
+            .where(tables.session.c.sid == sid)
+            .values(verdicts=verdicts_text(verdicts), waited_s=waited_s)
+        )
+
+    def claim(self, host: str, generation: int) -> int:
+        """Take the next command number of a host: placement lock, order of commands and fencing token in one.
+
+        Raises:
+            Conflict: the host's number is not `generation` any more.
+        """
+        query = (
+            update(tables.host)
+            .where(tables.host.c.name == host, tables.host.c.generation == generation)
+            .values(generation=generation + 1)
+        )
+        if self._connection.execute(query).rowcount != 1:
+            raise Conflict(f"host {host} is no longer at generation {generation}")
+        return generation + 1
+
+    def add_host(self, name: str) -> None:
+        """Record a host at its first report."""
+        query = self._insert(tables.host).values(
+            name=name, generation=0, draining=False, message="", seen_at=0.0, report=""
+        )
+        self._connection.execute(query.on_conflict_do_nothing(index_elements=["name"]))
+
+    def drain(self, host: str, draining: bool, message: str = "") -> bool:
+        """Take a host out of placement, or put it back; False when no such host is known."""
+        query = update(tables.host).where(tables.host.c.name == host)
+        return self._connection.execute(query.values(draining=draining, message=message)).rowcount == 1
+
+    def raise_generation(self, host: str, generation: int) -> None:
+        """Never hand out a number that a host has already seen (a restored ledger may be behind)."""
+        self._connection.execute(
+            update(tables.host)
+            .where(tables.host.c.name == host, tables.host.c.generation < generation)
+            .values(generation=generation)
+        )
+
+    def save_reports(self, reports: Sequence[tuple[HostReport, float]]) -> None:
+        """Store the newest report of several hosts with the time of arrival (UNIX seconds)."""
+        for report, seen_at in reports:
+            text = encode(report)[1].decode()
+            query = update(tables.host).where(tables.host.c.name == report.host)
+            self._connection.execute(query.values(report=text, seen_at=seen_at))
+
+
+class Writer:
+    """The one writer of the ledger."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @contextmanager
+    def begin(self) -> Iterator[Transaction]:
+        """A transaction: committed when the block ends, rolled back when it raises."""
+        with self._engine.begin() as connection:
+            yield Transaction(connection)
