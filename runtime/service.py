@@ -9,11 +9,10 @@ import heapq
 import itertools
 import logging
 import os
+import queue
 import signal
 import socket
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Protocol
@@ -64,32 +63,31 @@ class Timer:
 
 
 class MainLoop:
-    """One thread that runs what others post to it, in order, and timers. Exceptions are logged and the loop goes on."""
+    """One thread that runs what others post to it, in order, and timers. Exceptions are logged and the loop goes on.
 
-    # A wait on CLOCK_BOOTTIME is not what threading offers, so a sleep is cut up: after a suspend, timers that fell
-    # due in it run at most this many seconds late.
+    Everything passes through one SimpleQueue, the only queue whose put() may be called from a signal handler;
+    the timers belong to the loop's thread alone, so there is no lock.
+    """
+
+    # queue waits are not measured by CLOCK_BOOTTIME, so a sleep is cut up: after a suspend, timers that fell due in
+    # it run at most this many seconds late.
     _LONGEST_SLEEP = 1.0
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._wake = threading.Condition()
-        self._posted: deque[Callable[[], None]] = deque()
+        self._posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._stopping = False
 
     def post(self, action: Callable[[], None]) -> None:
-        """Have `action` run on the loop's thread. Any thread, signal handlers excepted."""
-        with self._wake:
-            self._posted.append(action)
-            self._wake.notify()
+        """Have `action` run on the loop's thread. Any thread, and signal handlers."""
+        self._posted.put(action)
 
     def call_later(self, seconds: float, action: Callable[[], None]) -> Timer:
         """Have `action` run once on the loop's thread, `seconds` from now. Any thread."""
-        with self._wake:
-            timer = Timer(self._clock.monotonic() + seconds, action)
-            heapq.heappush(self._timers, (timer.due, next(self._order), timer))
-            self._wake.notify()
+        timer = Timer(self._clock.monotonic() + seconds, action)
+        self.post(lambda: heapq.heappush(self._timers, (timer.due, next(self._order), timer)))
         return timer
 
     def every(self, seconds: float, action: Callable[[], None]) -> None:
@@ -103,8 +101,8 @@ class MainLoop:
 
     def stop(self) -> None:
         """Make run() return after the action that is under way. Any thread, and signal handlers."""
-        # No lock: a signal handler runs on top of the very thread that may hold it. The loop looks once a second.
         self._stopping = True
+        self.post(lambda: None)
 
     def run(self) -> None:
         """Run until stop(). What was posted and not begun by then stays undone."""
@@ -118,17 +116,17 @@ class MainLoop:
                 log.exception("an action on the main loop failed")
 
     def _next(self) -> Callable[[], None] | None:
-        """The next thing to do; None after a sleep with nothing to do."""
-        with self._wake:
-            now = self._clock.monotonic()
-            if self._timers and self._timers[0][0] <= now:
+        """The next thing to do; None after a cancelled timer or a sleep with nothing to do."""
+        now = self._clock.monotonic()
+        pause = self._LONGEST_SLEEP
+        if self._timers:
+            due = self._timers[0][0]
+            if due <= now:
                 return heapq.heappop(self._timers)[2].action
-            if self._posted:
-                return self._posted.popleft()
-            pause = self._LONGEST_SLEEP
-            if self._timers:
-                pause = min(pause, self._timers[0][0] - now)
-            self._wake.wait(pause)
+            pause = min(pause, due - now)
+        try:
+            return self._posted.get(timeout=pause)
+        except queue.Empty:
             return None
 
 

@@ -120,7 +120,9 @@ class PrivateBroker:
 
     def url(self, login: str, password: str, vhost: str = "/") -> str:
         """The address for an AMQP client."""
-        return f"amqp://{quote(login, safe='')}:{quote(password, safe='')}@127.0.0.1:{self.port}/{quote(vhost, safe='')}"
+        return (
+            f"amqp://{quote(login, safe='')}:{quote(password, safe='')}@127.0.0.1:{self.port}/{quote(vhost, safe='')}"
+        )
 
     @property
     def pid(self) -> int:
