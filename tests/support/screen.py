@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from PIL import Image
 
-from tests.support.qmp import Qmp
+from support.qmp import Qmp
 
 Box: TypeAlias = tuple[int, int, int, int]
 """Left, top, right and bottom, as Pillow has it: the last two lie outside."""
