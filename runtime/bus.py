@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import ClassVar, Protocol
 
 from deskfleet.schemas.errors import DeskfleetError
@@ -56,7 +57,7 @@ class Nacked(BusError):
 
 
 class BadMessage(BusError):
-    """Raised when a message cannot be put on the wire: a name over 255 bytes or a negative time to live."""
+    """Raised when a message cannot be put on the wire: a name that is too long or not UTF-8, a negative time to live."""
 
     reason = "bus_bad_message"
 
@@ -104,7 +105,10 @@ class Outgoing:
 
     def __post_init__(self) -> None:
         for name in ("exchange", "routing_key", "type", "correlation_id"):
-            size = len(getattr(self, name).encode("utf-8", "surrogatepass"))
+            try:
+                size = len(getattr(self, name).encode())
+            except UnicodeEncodeError:
+                raise BadMessage(f"{name} holds half a character (a lone surrogate)") from None
             if size > _SHORT_STRING:
                 raise BadMessage(f"{name} has {size} bytes, at most {_SHORT_STRING} are allowed")
         if self.ttl_seconds is not None and self.ttl_seconds < 0:
@@ -231,6 +235,69 @@ class Bus(Protocol):
         to the broker. MUST be called once; afterwards every publish fails with BusDown.
         """
         ...
+
+
+class Listeners:
+    """What every bus does alike: keep the callbacks of a service and run them through its dispatch."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self._dispatch = dispatch
+        self._on_connect: list[Callable[[], None]] = []
+        self._on_disconnect: list[Callable[[], None]] = []
+        self._on_fatal: list[Callable[[BusError], None]] = []
+
+    def on_connect(self, callback: Callable[[], None]) -> None:
+        """See Bus.on_connect."""
+        self._on_connect.append(callback)
+
+    def on_disconnect(self, callback: Callable[[], None]) -> None:
+        """See Bus.on_disconnect."""
+        self._on_disconnect.append(callback)
+
+    def on_fatal(self, callback: Callable[[BusError], None]) -> None:
+        """See Bus.on_fatal."""
+        self._on_fatal.append(callback)
+
+    def dispatch(self, action: Callable[[], None]) -> bool:
+        """Hand `action` to the service; False when it takes nothing any more (an event loop that was closed)."""
+        try:
+            self._dispatch(action)
+        except RuntimeError as error:
+            log.error("the service takes no more work: %s", error)
+            return False
+        return True
+
+    def announce(self, connected: bool) -> None:
+        """Run the callbacks of on_connect or on_disconnect."""
+        for callback in self._on_connect if connected else self._on_disconnect:
+            self.dispatch(partial(run_callback, callback, "on_connect" if connected else "on_disconnect"))
+
+    def fatal(self, error: BusError) -> None:
+        """Run the callbacks of on_fatal."""
+        for callback in self._on_fatal:
+            self.dispatch(partial(run_callback, partial(callback, error), "on_fatal"))
+
+
+@dataclass(eq=False)
+class Tick:
+    """Something periodic; `due` is for whoever has no timers."""
+
+    seconds: float
+    action: Callable[[], None]
+    due: float = 0.0
+    running: bool = False
+
+    def begin(self, dispatch: Callable[[Callable[[], None]], bool]) -> None:
+        """Dispatch one run, unless the last one has not ended."""
+        if not self.running:
+            # Set before: an immediate dispatch runs, and ends, inside the call.
+            self.running = True
+            if not dispatch(self._run):
+                self.running = False
+
+    def _run(self) -> None:
+        run_callback(self.action, "tick")
+        self.running = False
 
 
 def backoff(attempt: int, rng: random.Random) -> float:

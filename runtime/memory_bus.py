@@ -15,7 +15,6 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 
 from deskfleet.runtime.bus import (
@@ -26,13 +25,14 @@ from deskfleet.runtime.bus import (
     Delivery,
     Dispatch,
     Handler,
+    Listeners,
     Nacked,
     Outgoing,
     QueueDepth,
     QueueMissing,
     Settlement,
+    Tick,
     Unroutable,
-    run_callback,
     run_handler,
 )
 from deskfleet.runtime.memory_queues import Consumer, Pending, Queues
@@ -196,20 +196,12 @@ class MemoryBroker:
             return QueueDepth(queue, len(self._queues.messages(queue)), self._queues.consumers(queue))
 
 
-@dataclass(eq=False)
-class _Tick:
-    seconds: float
-    action: Callable[[], None]
-    due: float
-    running: bool = False
-
-
-class MemoryBus:
+class MemoryBus(Listeners):
     """One login's connection to a MemoryBroker; made by MemoryBroker.connect()."""
 
     def __init__(self, broker: MemoryBroker, login: str, dispatch: Dispatch, declare: Topology | None) -> None:
+        super().__init__(dispatch)
         self.login = login
-        self.dispatch = dispatch
         self._broker = broker
         self._declare = declare
         self._started = False
@@ -218,10 +210,7 @@ class MemoryBus:
         self._attached: list[Consumer] = []
         self._held: dict[int, tuple[Consumer, Pending]] = {}
         self._tags = itertools.count(1)
-        self._ticks: list[_Tick] = []
-        self._on_connect: list[Callable[[], None]] = []
-        self._on_disconnect: list[Callable[[], None]] = []
-        self._on_fatal: list[Callable[[BusError], None]] = []
+        self._ticks: list[Tick] = []
 
     @property
     def connected(self) -> bool:
@@ -245,19 +234,7 @@ class MemoryBus:
 
     def every(self, seconds: float, tick: Callable[[], None]) -> None:
         """See Bus.every; MemoryBroker.run_ticks() is what makes it tick."""
-        self._ticks.append(_Tick(seconds, tick, self._broker.clock.monotonic() + seconds))
-
-    def on_connect(self, callback: Callable[[], None]) -> None:
-        """See Bus.on_connect."""
-        self._on_connect.append(callback)
-
-    def on_disconnect(self, callback: Callable[[], None]) -> None:
-        """See Bus.on_disconnect."""
-        self._on_disconnect.append(callback)
-
-    def on_fatal(self, callback: Callable[[BusError], None]) -> None:
-        """See Bus.on_fatal."""
-        self._on_fatal.append(callback)
+        self._ticks.append(Tick(seconds, tick, self._broker.clock.monotonic() + seconds))
 
     def depth(self, queue: str) -> Future[QueueDepth]:
         """See Bus.depth; the future is resolved already."""
@@ -275,7 +252,7 @@ class MemoryBus:
         self._started = True
         self.reconnect()
 
-    def stop(self, timeout: float = 5.0) -> None:
+    def stop(self, timeout: float = 5.0) -> None:  # noqa: ARG002 - the contract's signature
         """See Bus.stop. There is nothing to wait for: handlers that were not begun are not run any more."""
         self._on_disconnect.clear()
         self.disconnect()
@@ -292,8 +269,7 @@ class MemoryBus:
         self._connected = False
         held, self._held, self._attached = self._held, {}, []
         self._broker.leave(self, [(consumer.queue, message) for consumer, message in held.values()])
-        for callback in self._on_disconnect:
-            self.dispatch(partial(run_callback, callback, "on_disconnect"))
+        self.announce(connected=False)
 
     def reconnect(self) -> None:
         """Connect again after disconnect(), when started and the broker is up."""
@@ -303,8 +279,7 @@ class MemoryBus:
         if self._declare is not None:
             self._broker.declare(self._declare, self)
         self.attach()
-        for callback in self._on_connect:
-            self.dispatch(partial(run_callback, callback, "on_connect"))
+        self.announce(connected=True)
 
     # For MemoryBroker.
 
@@ -318,8 +293,7 @@ class MemoryBus:
             except QueueMissing as error:
                 log.info("%s consumes nothing yet: %s", self.login, error)
             except ConsumerRefused as error:
-                for callback in self._on_fatal:
-                    self.dispatch(partial(run_callback, partial(callback, error), "on_fatal"))
+                self.fatal(error)
 
     def take(self, consumer: Consumer, message: Pending) -> Callable[[], None]:
         """Hand out one message; returns the action that runs its handler."""
@@ -346,20 +320,12 @@ class MemoryBus:
         for tick in self._ticks:
             if tick.due <= now:
                 tick.due = now + tick.seconds
-                if not tick.running:
-                    tick.running = True
-                    self.dispatch(partial(self._run_tick, tick))
+                tick.begin(self.dispatch)
 
     def _begin(self, tag: int, handler: Handler, delivery: Delivery) -> None:
         # The connection went before the handler began: the message is somebody else's by now.
         if tag in self._held:
             run_handler(handler, delivery)
-
-    def _run_tick(self, tick: _Tick) -> None:
-        try:
-            run_callback(tick.action, "tick")
-        finally:
-            tick.running = False
 
     def _settle(self, tag: int, how: Settlement) -> None:
         if tag not in self._held:

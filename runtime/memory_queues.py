@@ -112,7 +112,7 @@ class Queues:
         if exchange == "":
             return [key] if key in self._queues else []
         kind = self._kinds.get(exchange)
-        found = {}
+        found: dict[str, None] = {}
         for source, pattern, queue in self._bindings:
             if source == exchange and queue in self._queues and _matches(kind, pattern, key):
                 found[queue] = None

@@ -14,7 +14,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
-from types import FrameType
 from typing import Protocol
 
 log = logging.getLogger(__name__)
@@ -133,7 +132,7 @@ class MainLoop:
 def stop_on_signals(stop: Callable[[], None]) -> None:
     """Call `stop` on SIGTERM and SIGINT. Main thread only (signal(2) by way of Python)."""
 
-    def handle(number: int, _: FrameType | None) -> None:
+    def handle(*_: object) -> None:
         stop()
 
     signal.signal(signal.SIGTERM, handle)
