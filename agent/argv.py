@@ -1,0 +1,227 @@
+"""The command lines of a guest's programs, as a pure function of what was ordered. No shell ever sees them.
+
+No value that a person typed reaches these lists: sizes are numbers, names are ids of ours, PCI addresses and paths
+are checked by pattern before they come here. Block devices are JSON, so nothing in a path can become an option.
+
+The device list depends on machine and size alone, because a guest can only be restored from saved memory with the
+very devices that it was saved with. Facts about qemu 7.2 behind the choices:
+- the seccomp sandbox forbids -daemonize and -runas, so qemu runs in the foreground of a session of its own;
+- a QMP socket serves one client and lets a second one hang, so there is one for the agent and one for rescue;
+- the outermost `backing` of a -blockdev replaces what the overlay's header says, and `backing: null` under the
+  image cuts a chain that a hostile image might have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import UUID
+
+from deskfleet.schemas.machine import Firmware, Format, Os, Video
+from deskfleet.schemas.messages import VmStart
+
+MACHINE_TYPE = "pc-q35-7.2"
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
+OVMF_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+
+_VIDEO = {Video.STD: "VGA", Video.VIRTIO: "virtio-vga", Video.QXL: "qxl-vga"}
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where one guest's files are. `run` is a 0700 folder of the guest's own user; unix socket paths end at 107
+    bytes, so it must not be deep."""
+
+    run: Path
+    disk: Path
+    image: Path
+
+    @property
+    def vnc(self) -> Path:
+        """The display's socket; the console bridge connects here."""
+        return self.run / "vnc.sock"
+
+    @property
+    def qmp(self) -> Path:
+        """The agent's QMP socket."""
+        return self.run / "qmp.sock"
+
+    @property
+    def rescue(self) -> Path:
+        """A second QMP socket, for an administrator at the host."""
+        return self.run / "rescue.sock"
+
+    @property
+    def guest_agent(self) -> Path:
+        """The channel of qemu-guest-agent. The agent holds it open: qemu-ga spins while nobody does."""
+        return self.run / "qga.sock"
+
+    @property
+    def vars(self) -> Path:
+        """UEFI variables of this guest."""
+        return self.run / "vars.fd"
+
+    @property
+    def log(self) -> Path:
+        """qemu's last words."""
+        return self.run / "qemu.log"
+
+
+def uuid_of(sid: str) -> str:
+    """A session's id as the UUID on its qemu's command line; a process is only ever killed after it matched."""
+    return str(UUID(sid))
+
+
+def mac_of(sid: str) -> str:
+    """A stable address in qemu's locally administered range."""
+    digest = hashlib.sha256(sid.encode()).hexdigest()
+    return f"52:54:00:{digest[0:2]}:{digest[2:4]}:{digest[4:6]}"
+
+
+def qemu(
+    start: VmStart, paths: Paths, *, accel: str, network_fd: int | None, binary: str = "qemu-system-x86_64"
+) -> list[str]:
+    """qemu's argument list. `network_fd` is qemu's end of the socket pair to passt, None for no network."""
+    want = start.resources
+    return [
+        binary,
+        "-nodefaults",
+        "-no-user-config",
+        "-name",
+        f"guest=deskfleet-{start.sid},process=df-{start.sid[:8]},debug-threads=on",
+        "-uuid",
+        uuid_of(start.sid),
+        "-sandbox",
+        SANDBOX,
+        "-accel",
+        accel,
+        "-cpu",
+        "host" if accel == "kvm" else "max",
+        "-smp",
+        f"cpus={want.cpus}",
+        "-m",
+        f"size={want.memory_mib}M",
+        "-object",
+        f"memory-backend-ram,id=ram,size={want.memory_mib}M",
+        "-machine",
+        f"{MACHINE_TYPE},memory-backend=ram",
+        "-rtc",
+        "base=localtime" if start.os is Os.WINDOWS else "base=utc",
+        "-msg",
+        "timestamp=on",
+        "-display",
+        "none",
+        "-vnc",
+        f"unix:{paths.vnc},share=force-shared",
+        "-qmp",
+        f"unix:{paths.qmp},server=on,wait=off",
+        "-qmp",
+        f"unix:{paths.rescue},server=on,wait=off",
+        "-fw_cfg",
+        f"name=opt/deskfleet/sid,string={start.sid}",
+        *_firmware(start, paths),
+        *_disks(start, paths),
+        *_devices(start, paths),
+        *_network(start, network_fd),
+        *_gpus(start),
+    ]
+
+
+def _blockdev(**options: object) -> list[str]:
+    return ["-blockdev", json.dumps(options, separators=(",", ":"))]
+
+
+def _firmware(start: VmStart, paths: Paths) -> list[str]:
+    if start.firmware is Firmware.BIOS:
+        return []
+    pflash = "if=pflash,format=raw,unit="
+    return ["-drive", f"{pflash}0,readonly=on,file={OVMF_CODE}", "-drive", f"{pflash}1,file={paths.vars}"]
+
+
+def _disks(start: VmStart, paths: Paths) -> list[str]:
+    image = {"driver": "file", "filename": str(paths.image)}
+    disk: dict[str, object] = {
+        "driver": "qcow2",
+        "node-name": "disk",
+        "discard": "unmap",
+        "file": {"driver": "file", "filename": str(paths.disk)},
+    }
+    cd: list[str] = []
+    if start.format is Format.ISO:
+        disk["backing"] = None
+        cd = _blockdev(driver="raw", **{"node-name": "cd", "read-only": True, "file": image})
+        # Behind the disk, so that an installed system starts; an empty disk falls through at once.
+        cd += ["-device", "ide-cd,drive=cd,bus=ide.1,bootindex=2"]
+    else:
+        backing: dict[str, object] = {"driver": _driver(start.format), "read-only": True, "file": image}
+        if start.format is Format.QCOW2:
+            backing["backing"] = None
+        disk["backing"] = backing
+    # Only Linux is sure to know virtio; AHCI is what anything else boots from without a driver disk.
+    device = "virtio-blk-pci,drive=disk" if start.os is Os.LINUX else "ide-hd,drive=disk,bus=ide.0"
+    return [*_blockdev(**disk), "-device", f"{device},bootindex=1", *cd]
+
+
+def _driver(image: Format) -> str:
+    return {Format.VDI: "vdi", Format.VMDK: "vmdk", Format.RAW: "raw"}.get(image, "qcow2")
+
+
+def _devices(start: VmStart, paths: Paths) -> list[str]:
+    devices = ["-device", _VIDEO[start.video], "-device", "virtio-balloon-pci", "-device", "vmgenid,guid=auto"]
+    if start.os is Os.OTHER:
+        return devices  # PS/2 keyboard and the VMware mouse port are on the board, and say where the pointer is
+    tablet = "virtio-tablet-pci" if start.os is Os.LINUX else "usb-tablet,bus=usb.0"
+    return [
+        *devices,
+        *(["-device", "qemu-xhci,id=usb"] if start.os is Os.WINDOWS else ["-device", "virtio-keyboard-pci"]),
+        "-device",
+        tablet,
+        "-device",
+        "virtio-rng-pci",
+        "-device",
+        "virtio-serial-pci",
+        "-chardev",
+        f"socket,id=qga,path={paths.guest_agent},server=on,wait=off",
+        "-device",
+        "virtserialport,chardev=qga,name=org.qemu.guest_agent.0",
+        "-chardev",
+        "qemu-vdagent,id=vdagent,name=vdagent,clipboard=on,mouse=off",
+        "-device",
+        "virtserialport,chardev=vdagent,name=com.redhat.spice.0",
+    ]
+
+
+def _network(start: VmStart, network_fd: int | None) -> list[str]:
+    if network_fd is None:
+        return []
+    card = "virtio-net-pci" if start.os is Os.LINUX else "e1000e"
+    return [
+        "-netdev",
+        f"stream,id=net,server=off,addr.type=fd,addr.str={network_fd}",
+        "-device",
+        # No option ROM: nobody boots from the network, and loading it costs boot time.
+        f"{card},netdev=net,mac={mac_of(start.sid)},romfile=",
+    ]
+
+
+def _gpus(start: VmStart) -> list[str]:
+    """Every function of the group behind one root port, as on the card that they came from."""
+    if not start.gpu_addresses:
+        return []
+    arguments = ["-device", "pcie-root-port,id=gpu,chassis=1"]
+    for number, address in enumerate(start.gpu_addresses):
+        first = ",multifunction=on" if number == 0 else ""
+        arguments += ["-device", f"vfio-pci,host={address},bus=gpu,addr=0x0.0x{number:x}{first}"]
+    return arguments
+
+
+def passt(fd: int, binary: str = "passt") -> list[str]:
+    """passt's argument list: user-mode network for one guest on the connected socket `fd`, no port forwarded.
+
+    --no-map-gw keeps the gateway's address from standing for the host's loopback. That is not all: passt (2023)
+    still carries a packet sent to 127.0.0.1 to the host's own loopback; the guard of guard.py stops those.
+    """
+    return [binary, "-f", "-q", "-F", str(fd), "--no-map-gw", "-t", "none", "-u", "none"]

@@ -1,0 +1,357 @@
+"""Starts, watches, adopts and ends the qemu processes of a host, on the agent's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from deskfleet.agent import argv as build
+from deskfleet.agent.images import DiskError, Disks, ImageIndex
+from deskfleet.agent.journal import Entry
+from deskfleet.agent.processes import Process, Spawn, arguments, find, option, pids
+from deskfleet.agent.qmp import Monitor, MonitorError, monitor
+from deskfleet.schemas.errors import DeskfleetError, Reason
+from deskfleet.schemas.host import Phase
+from deskfleet.schemas.machine import Firmware
+from deskfleet.schemas.messages import VmStart
+
+log = logging.getLogger(__name__)
+
+_LAST_WORDS = 2000
+
+
+class LaunchError(DeskfleetError):
+    """Raised when a guest can't be started."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+class News(Protocol):
+    """Who hears of the guests (agent/core.py)."""
+
+    def ready(self, sid: str) -> None: ...
+
+    def failed(self, sid: str, reason: Reason, detail: str) -> None: ...
+
+    def exited(self, sid: str, detail: str = "") -> None: ...
+
+    def viewers(self, sid: str, count: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How guests run here; times in seconds. `uids` is the range of user ids that guests get, one each; None lets
+    them run as the agent's own user (for an agent that is not root). `network` is passt or none."""
+
+    run: Path
+    accel: str
+    network: str
+    uids: range | None
+    ready_s: float = 30.0
+    powerdown_s: float = 10.0
+    quit_s: float = 5.0
+
+
+@dataclass(slots=True)
+class _Guest:
+    """A guest in this life of the agent."""
+
+    paths: build.Paths
+    process: Process | None = None
+    launching: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    stopping: bool = False
+
+
+class QemuHypervisor:
+    """The hypervisor of agent/core.py, for real. `news` must be set before the first call."""
+
+    news: News
+
+    def __init__(self, config: Config, images: ImageIndex, disks: Disks, spawn: Spawn) -> None:
+        self._config = config
+        self._images = images
+        self._disks = disks
+        self._spawn = spawn
+        self._loop = asyncio.get_running_loop()
+        self._guests: dict[str, _Guest] = {}
+
+    # --- start ----------------------------------------------------------------------------------------------
+
+    def launch(self, entry: Entry) -> None:
+        """Start a guest; the answer is `ready` or `failed`."""
+        assert entry.start is not None
+        guest = self._guests[entry.sid] = _Guest(self._paths(entry.sid), launching=True)
+        self._task(guest, self._launch(guest, entry.start))
+
+    def _paths(self, sid: str, image: Path = Path()) -> build.Paths:
+        return build.Paths(self._config.run / sid, self._disks.path(sid), image)
+
+    def _task(self, guest: _Guest, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        guest.tasks.add(task)
+        task.add_done_callback(guest.tasks.discard)
+
+    async def _launch(self, guest: _Guest, start: VmStart) -> None:
+        sid = start.sid
+        try:
+            image = self._images.path(start.sha256)
+            guest.paths = self._paths(sid, image)
+            uid = self._prepare(guest)
+            size = start.resources.disk_gib
+            disk = await self._disks.create(sid, image, start.sha256, start.format, size)
+            if uid is not None:
+                os.chown(disk, uid, uid)
+            self._start_qemu(guest, start, uid)
+            await self._until_ready(guest)
+        except (DiskError, LaunchError) as error:
+            await self._give_up(sid, guest, error)
+        except OSError as error:
+            self.news.failed(sid, Reason.SPAWN_FAILED, f"{error.filename or ''}: {error.strerror}")
+        else:
+            guest.launching = False
+            self.news.ready(sid)
+            await self._attend(sid, guest)
+
+    def _prepare(self, guest: _Guest) -> int | None:
+        """The guest's folder, of its own user."""
+        shutil.rmtree(guest.paths.run, ignore_errors=True)
+        guest.paths.run.mkdir(mode=0o700)
+        uid = self._free_uid()
+        if uid is not None:
+            os.chown(guest.paths.run, uid, uid)
+        return uid
+
+    def _free_uid(self) -> int | None:
+        if self._config.uids is None:
+            return None
+        taken = {path.stat().st_uid for path in self._config.run.iterdir()}
+        for uid in self._config.uids:
+            if uid not in taken:
+                return uid
+        raise LaunchError(Reason.SPAWN_FAILED, "every user id of the guests' range is taken")
+
+    def _start_qemu(self, guest: _Guest, start: VmStart, uid: int | None) -> None:
+        paths = guest.paths
+        if start.firmware is Firmware.UEFI:
+            shutil.copyfile(build.OVMF_VARS, paths.vars)
+            if uid is not None:
+                os.chown(paths.vars, uid, uid)
+        with contextlib.ExitStack() as ends:
+            network = None
+            if self._config.network == "passt":
+                ours, theirs = socket.socketpair()
+                ends.enter_context(ours)
+                ends.enter_context(theirs)
+                network = ours.fileno()
+                self._start_passt(paths.run / "passt.log", theirs.fileno(), uid)
+            line = build.qemu(start, paths, accel=self._config.accel, network_fd=network)
+            fds = [] if network is None else [network]
+            pid = self._spawn(line, uid=uid, cwd=paths.run, log=paths.log, fds=fds)
+        process = Process.hold(pid)
+        if process is None:
+            raise LaunchError(Reason.QEMU_EXITED, self._last_words(paths))
+        self._hold(start.sid, guest, process)
+
+    def _start_passt(self, words: Path, fd: int, uid: int | None) -> None:
+        try:
+            pid = self._spawn(build.passt(fd), uid=uid, cwd=Path("/"), log=words, fds=[fd])
+        except OSError as error:
+            raise LaunchError(Reason.NETWORK_FAILED, f"passt: {error.strerror}") from error
+        process = Process.hold(pid)
+        if process:  # it ends by itself when qemu closes the socket; this only reaps it
+            process.watch(self._loop, lambda: None)
+
+    def _hold(self, sid: str, guest: _Guest, process: Process) -> None:
+        guest.process = process
+        process.watch(self._loop, lambda: self._gone(sid, guest))
+
+    def _gone(self, sid: str, guest: _Guest) -> None:
+        guest.ended.set()
+        if not guest.launching:  # a launch under way sees it by itself, and says why it failed
+            self.news.exited(sid, self._last_words(guest.paths))
+
+    @staticmethod
+    def _last_words(paths: build.Paths) -> str:
+        try:
+            with paths.log.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS))
+                return file.read().decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+    async def _until_ready(self, guest: _Guest) -> None:
+        """Wait for the display: an RFB server speaks first, and says its version (RFC 6143, 7.1.1)."""
+        try:
+            async with asyncio.timeout(self._config.ready_s):
+                while not guest.ended.is_set():
+                    if await _greets(guest.paths.vnc):
+                        return
+                    # The socket appears between two system calls of qemu; 2 ms of a 50 ms start is a fair grain.
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise LaunchError(Reason.START_TIMEOUT, f"no display within {self._config.ready_s:g} s") from None
+        raise LaunchError(Reason.QEMU_EXITED, self._last_words(guest.paths))
+
+    # --- while it runs --------------------------------------------------------------------------------------
+
+    async def _attend(self, sid: str, guest: _Guest) -> None:
+        """Follow who is connected, for as long as the guest runs. Holds the guest agent's channel open."""
+        while not guest.ended.is_set():
+            try:
+                async with self._guest_agent(guest), monitor(guest.paths.qmp) as qemu:
+                    events = qemu.events("VNC_CONNECTED", "VNC_INITIALIZED", "VNC_DISCONNECTED")
+                    await self._count(sid, qemu)
+                    async for _ in events:
+                        await self._count(sid, qemu)
+            except MonitorError as error:
+                log.info("%s: %s", sid, error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(guest.ended.wait(), 1.0)
+
+    async def _count(self, sid: str, qemu: Monitor) -> None:
+        self.news.viewers(sid, await qemu.viewers())
+
+    @contextlib.asynccontextmanager
+    async def _guest_agent(self, guest: _Guest) -> Any:
+        writer = None
+        if guest.paths.guest_agent.exists():
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_unix_connection(str(guest.paths.guest_agent))
+        try:
+            yield
+        finally:
+            if writer:
+                writer.close()
+
+    # --- end ------------------------------------------------------------------------------------------------
+
+    def shutdown(self, entry: Entry) -> None:
+        """Power down, then quit, then kill; the answer is `exited`."""
+        guest = self._guests.get(entry.sid)
+        if guest is None or (guest.process is None and not guest.tasks) or guest.ended.is_set():
+            self._loop.call_soon(self.news.exited, entry.sid)
+        elif not guest.stopping:
+            guest.stopping, guest.launching = True, False
+            attending = list(guest.tasks)
+            self._task(guest, self._shutdown(entry.sid, guest, attending, powerdown=entry.ran))
+
+    async def _shutdown(self, sid: str, guest: _Guest, attending: list[asyncio.Task[None]], *, powerdown: bool) -> None:
+        for task in attending:  # the launch, or the one that holds the QMP socket, which serves one client only
+            task.cancel()
+        await asyncio.gather(*attending, return_exceptions=True)
+        if guest.process is None:
+            self.news.exited(sid)
+            return
+        try:
+            async with monitor(guest.paths.qmp) as qemu:
+                if powerdown:
+                    await qemu.command("system_powerdown")
+                    if await self._ends_within(guest, self._config.powerdown_s):
+                        return
+                await qemu.command("quit")
+        except MonitorError as error:
+            log.info("%s: %s", sid, error)
+        if not await self._ends_within(guest, self._config.quit_s):
+            log.warning("%s does not quit: killing it", sid)
+            guest.process.kill()
+
+    async def _ends_within(self, guest: _Guest, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(guest.ended.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    # --- after the agent's own death ------------------------------------------------------------------------
+
+    def adopt(self, entry: Entry) -> bool:
+        """Take over a guest of a former agent."""
+        paths = self._paths(entry.sid)
+        process = find(lambda line: self._sid_of(line) == entry.sid)
+        if process is None:
+            return False
+        guest = self._guests[entry.sid] = _Guest(paths)
+        guest.launching = not entry.ran
+        self._hold(entry.sid, guest, process)
+        work = self._attend(entry.sid, guest) if entry.ran else self._resume(entry.sid, guest)
+        if entry.phase is not Phase.STOPPING:
+            self._task(guest, work)
+        else:
+            work.close()
+        return True
+
+    async def _resume(self, sid: str, guest: _Guest) -> None:
+        try:
+            await self._until_ready(guest)
+        except LaunchError as error:
+            await self._give_up(sid, guest, error)
+        else:
+            guest.launching = False
+            self.news.ready(sid)
+            await self._attend(sid, guest)
+
+    async def _give_up(self, sid: str, guest: _Guest, error: LaunchError | DiskError) -> None:
+        if guest.process:
+            guest.process.kill()
+            await guest.ended.wait()
+        self.news.failed(sid, error.reason, error.detail)
+
+    def _sid_of(self, line: list[str]) -> str:
+        """The session of a qemu command line of this very agent; empty for any other process."""
+        if not line or "qemu-system" not in line[0]:
+            return ""
+        sid = option(line, "-uuid").replace("-", "")
+        mine = option(line, "-qmp").startswith(f"unix:{self._config.run}/{sid}/")
+        return sid if mine else ""
+
+    def running(self) -> set[str]:
+        """The sids of every qemu of this agent that runs now, known or not."""
+        return {sid for pid in pids() if (sid := self._sid_of(arguments(pid)))}
+
+    def clean(self, sid: str) -> None:
+        """Remove everything of an ended guest."""
+        guest = self._guests.pop(sid, None)
+        if guest:
+            for task in guest.tasks:
+                if task is not asyncio.current_task(self._loop):
+                    task.cancel()
+            if guest.process and not guest.ended.is_set():
+                guest.process.kill()
+        else:
+            stray = find(lambda line: self._sid_of(line) == sid)
+            if stray:
+                stray.kill()
+                os.close(stray.pidfd)
+        shutil.rmtree(self._config.run / sid, ignore_errors=True)
+        self._disks.remove(sid)
+
+    def leftovers(self) -> set[str]:
+        """The sids that have files here."""
+        return {path.name for path in self._config.run.iterdir()} | self._disks.present()
+
+
+async def _greets(path: Path) -> bool:
+    """Whether an RFB server greets on this socket."""
+    try:
+        reader, writer = await asyncio.open_unix_connection(str(path))
+    except OSError:
+        return False
+    try:
+        return (await reader.readexactly(12)).startswith(b"RFB ")
+    except (asyncio.IncompleteReadError, OSError):
+        return False
+    finally:
+        writer.close()

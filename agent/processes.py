@@ -1,0 +1,118 @@
+"""Processes of guests: starting them, and knowing them again after the agent's own death.
+
+A process is identified by the guest's UUID and its QMP socket on the command line, and held by a pidfd
+(pidfd_open(2), Linux 5.3): a pidfd names one process for ever, so a signal can never hit a stranger that got the
+same number later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+_PROC = Path("/proc")
+
+
+class Spawn(Protocol):
+    """Starts a program and returns its pid. Raises OSError when it can't."""
+
+    def __call__(self, argv: Sequence[str], *, uid: int | None, cwd: Path, log: Path, fds: Sequence[int]) -> int: ...
+
+
+def spawn(argv: Sequence[str], *, uid: int | None, cwd: Path, log: Path, fds: Sequence[int]) -> int:
+    """Start a program in a session of its own, as user `uid` (None: as ourselves), with its output in `log`."""
+    identity: dict[str, object] = {} if uid is None else {"user": uid, "group": uid, "extra_groups": []}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            list(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            cwd=cwd,
+            pass_fds=tuple(fds),
+            start_new_session=True,
+            umask=0o077,
+            **identity,  # type: ignore[arg-type]
+        )
+    pid = process.pid
+    # The event loop waits by pidfd, for our children and for those of a former agent alike.
+    process.returncode = 0
+    return pid
+
+
+@dataclass(slots=True)
+class Process:
+    """A process held by its pidfd."""
+
+    pid: int
+    pidfd: int
+
+    @classmethod
+    def hold(cls, pid: int) -> Process | None:
+        """Hold a process; None when it is gone."""
+        try:
+            return cls(pid, os.pidfd_open(pid))
+        except OSError:
+            return None
+
+    def watch(self, loop: asyncio.AbstractEventLoop, ended: Callable[[], None]) -> None:
+        """Call `ended` once when the process is gone."""
+
+        def gone() -> None:
+            loop.remove_reader(self.pidfd)
+            os.close(self.pidfd)
+            self.pidfd = -1
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(self.pid, os.WNOHANG)  # reap it if it was ours
+            ended()
+
+        loop.add_reader(self.pidfd, gone)
+
+    def kill(self) -> None:
+        """SIGKILL; no error when it is gone."""
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+
+def arguments(pid: int) -> list[str]:
+    """A process's argument list; empty when it is gone (or a zombie, which has none left)."""
+    try:
+        return (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def pids() -> Iterator[int]:
+    """Every process of the machine."""
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            yield int(entry.name)
+
+
+def find(matches: Callable[[list[str]], bool]) -> Process | None:
+    """The first process whose arguments match, looked at again once it is held."""
+    for pid in pids():
+        if matches(arguments(pid)):
+            process = Process.hold(pid)
+            if process and matches(arguments(pid)):
+                return process
+            if process:
+                os.close(process.pidfd)
+    return None
+
+
+def option(argv: Sequence[str], name: str) -> str:
+    """The value that follows an option on a command line; empty when it is not there."""
+    for flag, value in pairwise(argv):
+        if flag == name:
+            return value
+    return ""
