@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from machines.builder import bare
+from machines.builder import bare, debian
 from machines.builder.recipe import Recipe, load, names
 from machines.builder.store import Cache, Store
 from machines.builder.system import BuildError, Failure, System
 
-BUILDERS: dict[str, Callable[[Recipe, Path, System], Path]] = {"bare": bare.build}
+BUILDERS: dict[str, Callable[[Recipe, Path, System], Path]] = {"bare": bare.build, "debian": debian.build}
 
 OURS = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,7 @@ def build_machine(recipe: Recipe, store: Store, cache: Cache | None, force: bool
     def waiting() -> None:
         system.step("wait for another build of this machine")
 
-    with store.work_folder(recipe.name, waiting) as work:
+    with store.work_folder(recipe.name, waiting, system.remove) as work:
         if not force and store.is_current(recipe, inputs):
             system.step(f"{recipe.name} is up to date: {store.images / recipe.file}")
             return

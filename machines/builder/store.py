@@ -45,12 +45,6 @@ def write(target: Path, text: str) -> None:
     move(draft, target)
 
 
-def remove_tree(folder: Path) -> None:
-    """Remove a folder that may not be there."""
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder)
-
-
 class Store:
     """DIR/images, DIR/catalogue, and DIR/images/.build with the lock, the stamp and the work folder of each machine.
 
@@ -68,9 +62,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
-    def work_folder(
-        self, name: str, waiting: Callable[[], None], remove: Callable[[Path], None] = remove_tree
-    ) -> Iterator[Path]:
+    def work_folder(self, name: str, waiting: Callable[[], None], remove: Callable[[Path], None]) -> Iterator[Path]:
         """An empty folder for one build of the machine at a time; calls `waiting` when another build holds it.
 
         It is removed at the end, and what a killed build has left is removed at the start.
@@ -149,8 +141,8 @@ class Cache:
             _sync(draft / "image")
             for older in folder.iterdir():
                 if older != draft and not older.name.startswith("."):
-                    remove_tree(older)
+                    shutil.rmtree(older)
             with contextlib.suppress(OSError):  # another build was faster with the same image
                 draft.rename(folder / inputs)
         finally:
-            remove_tree(draft)
+            shutil.rmtree(draft, ignore_errors=True)

@@ -183,3 +183,32 @@ class System:
         if missing:
             text = f"{', '.join(packages)} are installed, but {', '.join(missing)} are still missing."
             raise BuildError(Failure.TOOL, text)
+
+    def as_root(self) -> list[str]:
+        """A command prefix: root over files that this build makes, in a mount namespace that ends with the command.
+
+        Another user than root gets a user namespace with the ids of /etc/subuid; BuildError when there are none.
+        """
+        prefix = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
+        if self.is_root():
+            return prefix
+        self.need_tools({"newuidmap": "uidmap"})
+        prefix += ["--user", "--map-root-user", "--map-auto"]
+        code, output = self.spawn([*prefix, "true"], os.environ)
+        if code != 0:
+            text = (
+                "This account has no user ids of its own to build with, so the build needs root: run it by sudo, or "
+                "let root run `usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER`. "
+                f"({output.strip()})"
+            )
+            raise BuildError(Failure.PRIVILEGE, text)
+        return prefix
+
+    def remove(self, folder: Path) -> None:
+        """Remove a folder that may not be there, also one with files of other user ids from `as_root`."""
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            return
+        except PermissionError:
+            self.run([*self.as_root(), "rm", "-rf", str(folder)])
