@@ -177,7 +177,7 @@ class AmqpBus(Listeners):
             self._thread.join(left())
             if self._thread.is_alive():
                 # The broker does not answer our goodbye.
-                self.post(self._loop_stop)
+                self.post(self._abort)
                 self._thread.join(1.0)
 
     # The crossing between threads.
@@ -232,37 +232,29 @@ class AmqpBus(Listeners):
     # The I/O thread.
 
     def _run(self) -> None:
-        """Connect and reconnect until stop(). A new loop is made only when an exception breaks the old one."""
-        ended, delay = False, 0.0
-        while not ended:
-            loop = IOLoop()
-            with self._changed:
-                self._loop, self._awake = loop, True
-            loop.add_callback(self._work)
-            for tick in self._ticks:
-                self._arm(tick)
-            loop.call_later(delay, self._connect)
+        """Run pika's loop until stop(), whatever happens on it."""
+        with self._changed:
+            self._loop, self._awake = IOLoop(), True
+        self._loop.add_callback(self._work)
+        self._loop.add_callback(self._connect)
+        while True:
             try:
-                loop.start()
-                ended = True
+                self._loop.start()
+                break
             except Exception as error:
                 log.exception("%s: the connection broke on a bug or on nonsense from the broker", self._name)
                 if self._link is not None:
-                    self._link.abandon(error)
-                self._lost()
-                delay = backoff(self._attempt, self._rng)
-                self._attempt += 1
-            with self._changed:
-                self._loop = None
-            loop.close()
-        if self._link is not None:
-            self._link.abandon(BusDown("stopped"))
+                    self._link.sever(error)
+        with self._changed:
+            loop, self._loop = self._loop, None
+        loop.close()
         self._lost()
-        # Nothing more can be posted as long as `up` is False; what was posted before fails now.
+        # Nothing is posted any more that waits for an answer, since the bus is down; what was posted fails now.
         self._work()
 
-    def _loop_stop(self) -> None:
-        self._loop.stop()
+    def _abort(self) -> None:
+        if self._link is not None:
+            self._link.sever(BusDown("the broker did not answer in time while we were stopping"))
 
     def _drain(self) -> None:
         if self._link is not None:
@@ -270,13 +262,13 @@ class AmqpBus(Listeners):
 
     def _close(self) -> None:
         if self._link is None:
-            self._loop_stop()
+            self._loop.stop()
         else:
             self._link.close()
 
     def _connect(self) -> None:
         if self._stopping:
-            self._loop_stop()
+            self._loop.stop()
             return
         chosen = self._parameters[self._attempt % len(self._parameters)]
         self._link = Link(
@@ -345,7 +337,7 @@ class AmqpBus(Listeners):
         """See Owner."""
         self._lost()
         if self._stopping:
-            self._loop_stop()
+            self._loop.stop()
             return
         delay = backoff(self._attempt // len(self._parameters), self._rng)
         self._attempt += 1

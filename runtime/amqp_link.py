@@ -317,14 +317,21 @@ class Link:
         if not (self._connection.is_closing or self._connection.is_closed):
             self._connection.close()
 
-    def _ended(self, _: Any, error: BaseException) -> None:
-        self.abandon(error)
-        self._owner.link_down(self, error)
+    def sever(self, error: BaseException) -> None:
+        """End the connection without the broker's consent; link_down follows.
 
-    def abandon(self, error: BaseException) -> None:
-        """Fail what is outstanding: its outcome is unknown."""
-        self.alive = False
-        self._publisher.fail_all(BusDown(f"the connection ended before the broker confirmed: {text_of(error)}"))
+        pika has no public way to do this, and without it a broker that went silent holds the socket open.
+        """
+        try:
+            self._connection._adapter_disconnect_stream()
+        except Exception:  # noqa: BLE001 - pika's state is unknown here, and the link must end all the same
+            self._ended(self._connection, error)
+
+    def _ended(self, _: Any, error: BaseException) -> None:
+        if self.alive:
+            self.alive = False
+            self._publisher.fail_all(BusDown(f"the connection ended before the broker confirmed: {text_of(error)}"))
+            self._owner.link_down(self, error)
 
 
 def _answered(_: Any) -> None:

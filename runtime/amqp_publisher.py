@@ -147,6 +147,6 @@ class Publisher:
 
 def _names(words: str, message: Outgoing) -> bool:
     """True when the broker's words are about this message: they quote the exchange, and the topic if that is it."""
-    if f"exchange '{message.exchange}'" not in words:
+    if f"exchange '{message.exchange or 'amq.default'}'" not in words:
         return False
     return "topic '" not in words or f"topic '{message.routing_key}'" in words

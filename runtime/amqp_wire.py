@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -15,15 +16,16 @@ from deskfleet.runtime.bus import BusError
 
 log = logging.getLogger(__name__)
 
+_QUOTED = re.compile(r"\(\d{3}\) (?P<quote>['\"])(?P<words>.+?)(?P=quote)")
 NOT_FOUND, ACCESS_REFUSED, RESOURCE_LOCKED = 404, 403, 405
 
 
 class _LenientProperties(pika.spec.BasicProperties):  # type: ignore[misc]
     """Message properties whose sender may be hostile.
 
-    A header table may hold what pika 1.4 cannot convert (a float NaN, a date in the year 10^9; RabbitMQ passes both
-    on), and its exception would leave the event loop, again at each redelivery. Such a message arrives without
-    properties instead: no type and no sender, which every handler refuses.
+    A header table may hold what pika 1.4 cannot convert although RabbitMQ passes it on, as a date in the year 10^9
+    or tables nested a thousand deep (tried). Its exception ends the connection, again at each redelivery. Here such
+    a message arrives without properties instead: no type and no sender, which every handler refuses.
     """
 
     def decode(self, encoded: bytes, offset: int = 0) -> Any:
@@ -49,10 +51,11 @@ def code_of(reason: BaseException) -> int:
 
 
 def text_of(reason: BaseException) -> str:
-    """The broker's own words where there are any."""
+    """The broker's own words where there are any; pika wraps them in the repr of an exception in a tuple."""
     if isinstance(reason, (ChannelClosed, ConnectionClosed)):
         return text(reason.reply_text)
-    return str(reason) or type(reason).__name__
+    quoted = _QUOTED.search(str(reason))
+    return quoted["words"] if quoted else str(reason) or type(reason).__name__
 
 
 class BadBrokerUrl(BusError):

@@ -57,7 +57,7 @@ class Nacked(BusError):
 
 
 class BadMessage(BusError):
-    """Raised when a message cannot be put on the wire: a name that is too long or not UTF-8, a negative time to live."""
+    """Raised when a message cannot be put on the wire: too long a name, or not UTF-8, or a negative TTL."""
 
     reason = "bus_bad_message"
 
@@ -169,7 +169,10 @@ Handler = Callable[[Delivery], None]
 
 @dataclass(frozen=True, slots=True)
 class QueueDepth:
-    """How many messages wait in a queue (without those handed out) and how many consumers it has."""
+    """How many messages wait in a queue (without those handed out) and how many consumers it has.
+
+    RabbitMQ counts only the active consumer of a quorum queue with single-active-consumer, not who stands by.
+    """
 
     name: str
     messages: int
@@ -200,7 +203,8 @@ class Bus(Protocol):
         """Call `handler` for each message of `queue`, at most `prefetch` unsettled at once, across reconnects.
 
         A handler that raises has its delivery requeued the first time and rejected when it is a redelivery, so
-        that a poison message cannot loop. With `exclusive`, another consumer on the queue is reported to on_fatal.
+        that a poison message cannot loop. With `exclusive`, another consumer on the queue is reported to on_fatal,
+        once, and ours waits until it goes.
         """
         ...
 
@@ -232,7 +236,7 @@ class Bus(Protocol):
         """Stop consuming, let handed-out handlers finish, wait for outstanding confirms, close; at most `timeout` s.
 
         On the thread that runs the handlers it waits for no handler: what was handed out but not begun goes back
-        to the broker. MUST be called once; afterwards every publish fails with BusDown.
+        to the broker. Afterwards every publish fails with BusDown; a second stop() does nothing.
         """
         ...
 

@@ -180,15 +180,17 @@ class MemoryBroker:
                 self._queues.give_back(queue, message)
 
     def leave(self, bus: MemoryBus, held: list[tuple[str, Pending]]) -> None:
-        """A connection is gone: its unsettled messages go back, in their order."""
+        """A connection is gone: its unsettled messages go back, in their order; who was refused may try again."""
         with self._lock:
             self._queues.leave(bus)
             for queue, message in reversed(held):
                 self._queues.give_back(queue, message)
+        for other in list(self._buses):
+            other.attach()
 
     def forget(self, bus: MemoryBus) -> None:
-        """A bus was stopped for good."""
-        self._buses.remove(bus)
+        """A bus was stopped for good; forgetting it twice is harmless."""
+        self._buses = [other for other in self._buses if other is not bus]
 
     def depth(self, queue: str) -> QueueDepth:
         """Raises QueueMissing."""
@@ -208,6 +210,7 @@ class MemoryBus(Listeners):
         self._connected = False
         self._wanted: list[Consumer] = []
         self._attached: list[Consumer] = []
+        self._refused: set[Consumer] = set()
         self._held: dict[int, tuple[Consumer, Pending]] = {}
         self._tags = itertools.count(1)
         self._ticks: list[Tick] = []
@@ -290,10 +293,13 @@ class MemoryBus(Listeners):
                 consumer.unsettled = 0
                 self._broker.subscribe(consumer)
                 self._attached.append(consumer)
+                self._refused.discard(consumer)
             except QueueMissing as error:
                 log.info("%s consumes nothing yet: %s", self.login, error)
             except ConsumerRefused as error:
-                self.fatal(error)
+                if consumer not in self._refused:
+                    self._refused.add(consumer)
+                    self.fatal(error)
 
     def take(self, consumer: Consumer, message: Pending) -> Callable[[], None]:
         """Hand out one message; returns the action that runs its handler."""

@@ -100,8 +100,14 @@ class Queues:
         return state.messages
 
     def consumers(self, queue: str) -> int:
-        """How many consumers a queue has. Raises QueueMissing."""
-        return len(self._state(queue).consumers)
+        """How many consumers a queue has. Raises QueueMissing.
+
+        A quorum queue with a single active consumer counts that one only, as RabbitMQ 3.10 does.
+        """
+        state = self._state(queue)
+        quorum = state.spec.arguments.get("x-queue-type") == "quorum"
+        single = state.spec.arguments.get("x-single-active-consumer") and quorum
+        return min(len(state.consumers), 1) if single else len(state.consumers)
 
     def has_exchange(self, name: str) -> bool:
         """True for a declared exchange and for the default one."""

@@ -65,11 +65,17 @@ class PrivateBroker:
     """Debian's rabbitmq-server as a private node that lives in `folder`.
 
     `definitions` is RabbitMQ's definitions document: users, vhosts, permissions, topic_permissions, exchanges,
-    queues, bindings. It is loaded at each boot; what the database already holds stays. The node dies with the
-    thread that called start(), so a killed test run leaves nothing behind.
+    queues, bindings. It is loaded at each boot; what the database already holds stays. `settings` are further lines
+    of rabbitmq.conf. The node dies with the thread that called start(), so a killed test run leaves nothing behind.
     """
 
-    def __init__(self, folder: Path, definitions: Mapping[str, Any], port: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        definitions: Mapping[str, Any],
+        port: int | None = None,
+        settings: Mapping[str, str | int] | None = None,
+    ) -> None:
         self.folder = folder
         self.port = port or free_port()
         self._distribution = free_port({self.port})
@@ -95,6 +101,7 @@ class PrivateBroker:
             "log.file.level = info\n"
             # The write-ahead log of the quorum queues is kept in memory up to this size (512 MiB by default).
             "raft.wal_max_size_bytes = 33554432\n"
+            + "".join(f"{key} = {value}\n" for key, value in (settings or {}).items())
         )
         self._environ = {
             "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
