@@ -3,7 +3,7 @@
 Rules that keep one request to one machine, whatever is lost, repeated or late:
 - a start counts only if its generation is higher than every command number this host has processed;
 - it is in the journal before anything is made for it;
-- a guest that is held already takes the higher number and is never started a second time;
+- a guest that is held already, or has run here, takes the higher number and is never started a second time;
 - what ended stays listed for a while, so that a lost report heals with the next heartbeat.
 """
 
@@ -159,7 +159,8 @@ class Agent:
     def start(self, start: VmStart) -> None:
         """Start a guest, or say why not."""
         held = self._entries.get(start.sid)
-        if held and held.live:
+        if held and (held.live or held.ran):
+            # Also when it has run and ended: its end did not reach the scheduler before it asked again.
             self._save(replace(held, generation=max(held.generation, start.generation)))
             return
         if self.fenced:

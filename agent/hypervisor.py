@@ -280,7 +280,7 @@ class QemuHypervisor:
     def adopt(self, entry: Entry) -> bool:
         """Take over a guest of a former agent."""
         paths = self._paths(entry.sid)
-        process = find(lambda line: self._sid_of(line) == entry.sid)
+        process = find(lambda _, line: self._sid_of(line) == entry.sid)
         if process is None:
             return False
         guest = self._guests[entry.sid] = _Guest(paths)
@@ -331,7 +331,7 @@ class QemuHypervisor:
             if guest.process and not guest.ended.is_set():
                 guest.process.kill()
         else:
-            stray = find(lambda line: self._sid_of(line) == sid)
+            stray = find(lambda _, line: self._sid_of(line) == sid)
             if stray:
                 stray.kill()
                 os.close(stray.pidfd)

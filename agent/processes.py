@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,6 @@ class Spawn(Protocol):
 
 def spawn(argv: Sequence[str], *, uid: int | None, cwd: Path, log: Path, fds: Sequence[int]) -> int:
     """Start a program in a session of its own, as user `uid` (None: as ourselves), with its output in `log`."""
-    identity: dict[str, object] = {} if uid is None else {"user": uid, "group": uid, "extra_groups": []}
     with log.open("ab") as output:
         process = subprocess.Popen(
             list(argv),
@@ -40,7 +40,9 @@ def spawn(argv: Sequence[str], *, uid: int | None, cwd: Path, log: Path, fds: Se
             pass_fds=tuple(fds),
             start_new_session=True,
             umask=0o077,
-            **identity,  # type: ignore[arg-type]
+            user=uid,
+            group=uid,
+            extra_groups=None if uid is None else [],
         )
     pid = process.pid
     # The event loop waits by pidfd, for our children and for those of a former agent alike.
@@ -76,6 +78,14 @@ class Process:
 
         loop.add_reader(self.pidfd, gone)
 
+    def reap(self) -> None:
+        """Wait (blocking) until it has ended, then let go of it."""
+        select.select([self.pidfd], [], [])
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, os.WNOHANG)
+        os.close(self.pidfd)
+        self.pidfd = -1
+
     def kill(self) -> None:
         """SIGKILL; no error when it is gone."""
         if self.pidfd >= 0:
@@ -98,16 +108,24 @@ def pids() -> Iterator[int]:
             yield int(entry.name)
 
 
-def find(matches: Callable[[list[str]], bool]) -> Process | None:
-    """The first process whose arguments match, looked at again once it is held."""
+def find(matches: Callable[[int, list[str]], bool]) -> Process | None:
+    """The first process whose pid and arguments match, looked at again once it is held."""
     for pid in pids():
-        if matches(arguments(pid)):
+        if matches(pid, arguments(pid)):
             process = Process.hold(pid)
-            if process and matches(arguments(pid)):
+            if process and matches(pid, arguments(pid)):
                 return process
             if process:
                 os.close(process.pidfd)
     return None
+
+
+def leads_session(pid: int) -> bool:
+    """Whether a process is the one that its session was made for, and not a fork of it."""
+    try:
+        return os.getsid(pid) == pid
+    except OSError:
+        return False
 
 
 def option(argv: Sequence[str], name: str) -> str:

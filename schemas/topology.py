@@ -65,6 +65,9 @@ class Topology:
 
 EXCHANGES = (Exchange(COMMANDS, "direct"), Exchange(EVENTS, "topic"), Exchange(DEAD, "fanout"))
 
+#: What must be there before a host's queue can be bound.
+EXCHANGES_ONLY = Topology(EXCHANGES)
+
 _QUORUM: dict[str, str | int | bool] = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 5,

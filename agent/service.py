@@ -1,0 +1,208 @@
+"""The agent's event loop: commands in, reports and heartbeats out, and what must be done now and then."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from deskfleet.agent import guard
+from deskfleet.agent.accel import Accel
+from deskfleet.agent.bridge import Bridge
+from deskfleet.agent.console import expire_nonces
+from deskfleet.agent.core import Agent
+from deskfleet.agent.facts import boot_id, read_facts
+from deskfleet.agent.gpus import find_gpus
+from deskfleet.agent.hypervisor import Config, QemuHypervisor
+from deskfleet.agent.images import Disks, ImageIndex
+from deskfleet.agent.journal import FileJournal
+from deskfleet.agent.link import Link
+from deskfleet.agent.processes import spawn
+from deskfleet.agent.settings import AgentSettings
+from deskfleet.runtime.bus import Bus
+from deskfleet.runtime.service import Clock
+from deskfleet.schemas.errors import DeskfleetError
+from deskfleet.schemas.host import HostReport
+
+log = logging.getLogger(__name__)
+
+_NONCE_S = 600.0
+
+
+class AgentError(DeskfleetError):
+    """Raised when an agent can't run here; the text says what to do."""
+
+
+def lock(state: Path) -> IO[str]:
+    """Make this the one agent of a state folder, for as long as the returned file is open.
+
+    Raises:
+        AgentError: another agent runs on it.
+    """
+    state.mkdir(parents=True, exist_ok=True, mode=0o711)
+    file = (state / "agent.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise AgentError(f"another agent runs on {state}; stop it first, or give this one a state folder") from None
+    os.set_inheritable(file.fileno(), False)
+    return file
+
+
+class Service:
+    """One host's agent. `bus` dispatches to this event loop."""
+
+    def __init__(self, settings: AgentSettings, accel: Accel, bus: Bus, clock: Clock, version: str) -> None:
+        self._settings = settings
+        self._accel = accel
+        self._clock = clock
+        self._version = version
+        self._incarnation = secrets.token_hex(8)
+        self._boot_id = boot_id()
+        self._problems: list[str] = [accel.why] if accel.why else []
+        self._gpus = find_gpus(names=settings.gpu_names)
+        state = settings.state
+        self._nonces = state / "nonces"
+        for folder in (state / "disks", state / "templates", self._nonces, settings.run, settings.images):
+            folder.mkdir(parents=True, exist_ok=True)
+            # Guests reach their own files by their full path, and can list nothing on the way.
+            folder.chmod(0o711 if folder in (state / "disks", settings.run) else folder.stat().st_mode & 0o7777)
+        self._nonces.chmod(0o700)
+        self._images = ImageIndex(settings.images, state / "images.json")
+        self._uids = settings.uids if os.geteuid() == 0 else None
+        config = Config(
+            run=settings.run,
+            accel=accel.name,
+            network=self._guarded_network(),
+            uids=self._uids,
+            ready_s=settings.ready_s,
+            powerdown_s=settings.powerdown_s,
+        )
+        self.hypervisor = QemuHypervisor(config, self._images, Disks(state / "disks", state / "templates"), spawn)
+        self.agent = Agent(
+            boot_id=self._boot_id,
+            journal=FileJournal(state / "journal"),
+            hypervisor=self.hypervisor,
+            report=lambda guest: self.link.report(guest),  # noqa: PLW0108  link comes later
+            now=clock.monotonic,
+            images=self._images.digests,
+            gpus=lambda: self._gpus,
+        )
+        self.hypervisor.news = self.agent
+        self.link = Link(settings.host, bus, self.agent, self._describe)
+        self.bridge = Bridge(
+            settings.console_listen, settings.run, self._nonces, state / "console.log", settings.console_tls, spawn
+        )
+
+    def _guarded_network(self) -> str:
+        """The network that guests get: none where they can't be kept from this host's own services."""
+        if self._settings.network == "none":
+            return "none"
+        try:
+            if self._uids is None:
+                raise guard.GuardError("the agent is not root, so guests can't be told apart from it")
+            if shutil.which("passt") is None:
+                raise guard.GuardError("passt is not installed")
+            guard.apply(self._settings.host, self._uids.start, self._uids.stop - 1)
+        except guard.GuardError as error:
+            log.error("guests get no network: %s", error)
+            self._problems.append(f"guests get no network: {error}"[:400])
+            return "none"
+        return "passt"
+
+    def recover(self) -> None:
+        """Take over what runs from a former life, and remove what it left behind.
+
+        Raises:
+            JournalError: the journal is damaged.
+            AgentError: guests run that the journal does not know: it was lost, or its disk is not mounted yet.
+        """
+        known = {path.stem for path in (self._settings.state / "journal").glob("*.json")}
+        strangers = self.hypervisor.running() - known
+        if strangers and not known:
+            raise AgentError(
+                f"{len(strangers)} guests run here, but the journal in {self._settings.state} is empty. Is its disk "
+                "mounted? To give these guests up: deskfleet-agent --purge"
+            )
+        self.agent.recover()
+        live = {entry.sid for entry in self.agent.entries if entry.live}
+        for sid in (self.hypervisor.running() | self.hypervisor.leftovers()) - live:
+            log.warning("removing what is left of %s", sid)
+            self.hypervisor.clean(sid)
+
+    def purge(self) -> int:
+        """End every guest of this host and the console bridge, and remove their files; how many guests ended."""
+        running = self.hypervisor.running()
+        for sid in running | self.hypervisor.leftovers():
+            self.hypervisor.clean(sid)
+        self.bridge.stop()
+        guard.remove(self._settings.host)
+        return len(running)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop`. Guests and consoles go on when it returns."""
+        await asyncio.to_thread(self._images.refresh)
+        self.link.start()
+        work = [
+            asyncio.create_task(self.bridge.keep()),
+            asyncio.create_task(self._every(self._settings.heartbeat_s, self.link.beat)),
+            asyncio.create_task(self._every(1.0, self.agent.tick)),
+            asyncio.create_task(self._look_around()),
+        ]
+        await stop.wait()
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+
+    async def _every(self, seconds: float, action: Callable[[], None]) -> None:
+        while True:
+            try:
+                action()
+            except Exception:
+                log.exception("a periodic action failed")
+            await asyncio.sleep(seconds)
+
+    async def _look_around(self) -> None:
+        """New images, other GPUs, old nonces: slow looks, off the loop."""
+        while True:
+            await asyncio.sleep(5.0)
+            with contextlib.suppress(OSError):
+                before = self._images.digests()
+                await asyncio.to_thread(self._images.refresh)
+                self._gpus = await asyncio.to_thread(find_gpus, names=self._settings.gpu_names)
+                await asyncio.to_thread(expire_nonces, self._nonces, _NONCE_S, self._clock.wall())
+                if self._images.digests() != before:
+                    self.link.beat()
+
+    def _describe(self, seq: int) -> HostReport:
+        settings = self._settings
+        facts = read_facts(settings.state / "disks", settings.offer_cpus, settings.offer_memory_mib)
+        return HostReport(
+            host=settings.host,
+            incarnation=self._incarnation,
+            seq=seq,
+            boot_id=self._boot_id,
+            last_generation=self.agent.last_generation,
+            fenced=self.agent.fenced,
+            console=settings.console_address if self.bridge.up else "",
+            accel=self._accel.name,
+            cpus=facts.cpus,
+            memory_mib=facts.memory_mib,
+            load1=facts.load1,
+            memory_free_mib=facts.memory_free_mib,
+            disk_mib=facts.disk_mib,
+            disk_free_mib=facts.disk_free_mib,
+            images=tuple(sorted(self._images.digests())),
+            gpus=self._gpus,
+            guests=self.agent.guests(),
+            problems=tuple(self._problems),
+            version=self._version,
+        )

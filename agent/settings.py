@@ -1,0 +1,81 @@
+"""The [agent] section of the settings file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate, validates_schema
+
+from deskfleet.schemas.messages import ADDRESS, HOST
+
+#: A unix socket's path has 107 bytes; this much is ours after the run folder: /<sid>/rescue.sock
+_LONGEST_RUN = 107 - len("/" + 32 * "x" + "/rescue.sock")
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """How an agent runs. Times in seconds; `uids` is the range of user ids for guests."""
+
+    host: str
+    broker_url: str
+    state: Path
+    run: Path
+    images: Path
+    console_listen: str
+    console_address: str
+    console_tls: tuple[str, str, str] | None
+    ops_listen: str
+    network: str
+    uids: range
+    offer_cpus: int
+    offer_memory_mib: int
+    gpu_names: dict[str, str]
+    ready_s: float
+    powerdown_s: float
+    heartbeat_s: float
+
+
+class AgentSchema(Schema):
+    """[agent]. `host` is this host's name for ever; `console_address` is where proxies reach `console_listen`."""
+
+    class Meta:
+        unknown = RAISE
+
+    host = fields.Str(required=True, validate=validate.Regexp(rf"\A{HOST.pattern}\Z"))
+    broker_url = fields.Str(required=True)
+    state = fields.Str(load_default="/var/lib/deskfleet/agent", validate=validate.Regexp(r"\A/"))
+    run = fields.Str(load_default="/run/deskfleet", validate=validate.Regexp(rf"\A/.{{1,{_LONGEST_RUN - 1}}}\Z"))
+    images = fields.Str(load_default="/var/lib/deskfleet/images", validate=validate.Regexp(r"\A/"))
+    console_listen = fields.Str(load_default="0.0.0.0:6080", validate=validate.Regexp(rf"\A{ADDRESS.pattern}\Z"))
+    console_address = fields.Str(required=True, validate=validate.Regexp(rf"\A{ADDRESS.pattern}\Z"))
+    console_cert = fields.Str(load_default="")
+    console_key = fields.Str(load_default="")
+    console_ca = fields.Str(load_default="")
+    ops_listen = fields.Str(load_default="127.0.0.1:9102")
+    network = fields.Str(load_default="passt", validate=validate.OneOf(["passt", "none"]))
+    first_uid = fields.Int(load_default=200_000, validate=validate.Range(1000, 2**31))
+    last_uid = fields.Int(load_default=209_999, validate=validate.Range(1000, 2**31))
+    offer_cpus = fields.Int(load_default=0, validate=validate.Range(0, 65_536))
+    offer_memory_mib = fields.Int(load_default=0, validate=validate.Range(0))
+    gpu_names = fields.Dict(fields.Str(), fields.Str(validate=validate.Length(1, 128)), load_default=dict)
+    ready_s = fields.Float(load_default=30.0, validate=validate.Range(1, 600))
+    powerdown_s = fields.Float(load_default=10.0, validate=validate.Range(0, 600))
+    heartbeat_s = fields.Float(load_default=5.0, validate=validate.Range(0.5, 60))
+
+    @validates_schema
+    def _together(self, data: dict[str, Any], **_: Any) -> None:
+        files = [data["console_cert"], data["console_key"], data["console_ca"]]
+        if any(files) and not all(files):
+            raise ValidationError("console_cert, console_key and console_ca belong together")
+        if data["first_uid"] > data["last_uid"]:
+            raise ValidationError("first_uid must not be above last_uid")
+
+    @post_load
+    def _make(self, data: dict[str, Any], **_: Any) -> AgentSettings:
+        tls = (data.pop("console_cert"), data.pop("console_key"), data.pop("console_ca"))
+        uids = range(data.pop("first_uid"), data.pop("last_uid") + 1)
+        state, run, images = (Path(data.pop(name)) for name in ("state", "run", "images"))
+        console_tls = tls if tls[0] else None
+        return AgentSettings(**data, state=state, run=run, images=images, uids=uids, console_tls=console_tls)
