@@ -40,6 +40,7 @@ from deskfleet.runtime.bus import (
     run_callback,
     run_handler,
 )
+from deskfleet.runtime.secret import Secret
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.topology import Topology
 
@@ -59,7 +60,7 @@ class AmqpBus(Listeners):
 
     def __init__(
         self,
-        urls: Sequence[str],
+        urls: Sequence[str | Secret],
         *,
         name: str,
         dispatch: Dispatch,
@@ -77,7 +78,7 @@ class AmqpBus(Listeners):
             raise BadBrokerUrl("broker address: none is given")
         self._parameters = [
             parameters(
-                url,
+                url.reveal() if isinstance(url, Secret) else url,
                 name,
                 heartbeat=heartbeat,
                 blocked_timeout=blocked_timeout,
