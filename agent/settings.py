@@ -8,6 +8,8 @@ from typing import Any
 
 from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate, validates_schema
 
+from deskfleet.runtime.secret import Secret
+from deskfleet.runtime.settings import SecretField
 from deskfleet.schemas.messages import ADDRESS, HOST
 
 #: A unix socket's path has 107 bytes; this much is ours after the run folder: /<sid>/rescue.sock
@@ -19,7 +21,7 @@ class AgentSettings:
     """How an agent runs. Times in seconds; `uids` is the range of user ids for guests."""
 
     host: str
-    broker_url: str
+    broker_url: Secret
     state: Path
     run: Path
     images: Path
@@ -44,7 +46,7 @@ class AgentSchema(Schema):
         unknown = RAISE
 
     host = fields.Str(required=True, validate=validate.Regexp(rf"\A{HOST.pattern}\Z"))
-    broker_url = fields.Str(required=True)
+    broker_url = SecretField(required=True)
     state = fields.Str(load_default="/var/lib/deskfleet/agent", validate=validate.Regexp(r"\A/"))
     run = fields.Str(load_default="/run/deskfleet", validate=validate.Regexp(rf"\A/.{{1,{_LONGEST_RUN - 1}}}\Z"))
     images = fields.Str(load_default="/var/lib/deskfleet/images", validate=validate.Regexp(r"\A/"))
@@ -53,7 +55,7 @@ class AgentSchema(Schema):
     console_cert = fields.Str(load_default="")
     console_key = fields.Str(load_default="")
     console_ca = fields.Str(load_default="")
-    ops_listen = fields.Str(load_default="127.0.0.1:9102")
+    ops_listen = fields.Str(load_default="127.0.0.1:9102", validate=validate.Regexp(rf"\A{ADDRESS.pattern}\Z"))
     network = fields.Str(load_default="passt", validate=validate.OneOf(["passt", "none"]))
     first_uid = fields.Int(load_default=200_000, validate=validate.Range(1000, 2**31))
     last_uid = fields.Int(load_default=209_999, validate=validate.Range(1000, 2**31))

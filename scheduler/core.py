@@ -23,6 +23,7 @@ from deskfleet.schemas import topology
 from deskfleet.schemas.errors import DecodeError, IllegalTransition
 from deskfleet.schemas.host import HostReport
 from deskfleet.schemas.messages import Message, VmReport, decode
+from deskfleet.schemas.session import State
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +163,15 @@ class Scheduler:
             self._attempt([lambda unit: unit.tx.save_reports(list(reports.values()))])
         for job in self._decisions.overdue(self._clock.monotonic()):
             self._attempt([job])
+
+    def count(self, state: State) -> int:
+        """How many live sessions are in a state, for the metrics. May be asked from another thread."""
+        return sum(1 for session in list(self.fleet.sessions.values()) if session.state is state)
+
+    def fresh_hosts(self) -> int:
+        """How many hosts were heard lately, for the metrics. May be asked from another thread."""
+        now, fresh_s = self._clock.monotonic(), self._settings.fresh_s
+        return sum(1 for state in list(self.fleet.hosts.values()) if self.fleet.is_fresh(state, now, fresh_s))
 
 
 def _vouched(sender: str, message: Message) -> bool:

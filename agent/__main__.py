@@ -1,0 +1,98 @@
+"""deskfleet-agent --config FILE: run this host's agent until SIGTERM. Its guests go on without it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import random
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from deskfleet.agent import accel
+from deskfleet.agent.journal import JournalError
+from deskfleet.agent.service import AgentError, Service, lock
+from deskfleet.agent.settings import AgentSchema, AgentSettings
+from deskfleet.runtime import log as logs
+from deskfleet.runtime.amqp import AmqpBus
+from deskfleet.runtime.amqp_wire import BadBrokerUrl
+from deskfleet.runtime.bus import BusError
+from deskfleet.runtime.metrics import Health, Metrics, serve
+from deskfleet.runtime.service import SystemClock, notify_systemd
+from deskfleet.runtime.settings import SettingsError, load
+from deskfleet.schemas.config import SECTIONS, address
+
+log = logging.getLogger("deskfleet.agent")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until SIGTERM; 0 after an orderly stop, 2 when it can't start as it is set up."""
+    parser = argparse.ArgumentParser(prog="deskfleet-agent", description="Runs the guests of this host.")
+    parser.add_argument("--config", type=Path, default=Path("/etc/deskfleet/deskfleet.toml"))
+    parser.add_argument("--purge", action="store_true", help="end every guest of this host, remove its files, and exit")
+    parser.add_argument("--log-level", default="info")
+    options = parser.parse_args(arguments)
+    logs.configure(options.log_level, "agent")
+    try:
+        settings: AgentSettings = load(options.config, {"agent": AgentSchema()}, os.environ, SECTIONS)["agent"]
+        with lock(settings.state):
+            return asyncio.run(_run(settings, purge=options.purge))
+    except (SettingsError, AgentError, JournalError, BadBrokerUrl, OSError) as error:
+        print(f"deskfleet-agent can't start:\n{error}", file=sys.stderr)
+        return 2
+
+
+async def _run(settings: AgentSettings, *, purge: bool) -> int:
+    clock = SystemClock()
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    bus = AmqpBus(
+        settings.broker_url.reveal().split(),
+        name=f"agent-{settings.host}",
+        dispatch=lambda action: _discard(loop.call_soon_threadsafe(action)),
+        clock=clock,
+        rng=random.Random(),  # noqa: S311  jitter of the reconnects
+    )
+    service = Service(settings, accel.choose(), bus, clock, version("deskfleet"))
+    if purge:
+        print(f"{service.purge()} guests ended on {settings.host}")
+        return 0
+    service.recover()
+    trouble: list[str] = []
+    bus.on_fatal(lambda error: _alarm(error, trouble))
+    metrics = Metrics("agent")
+    guests = metrics.gauge("guests", "Guests that this host holds")
+    guests.set_function(lambda: sum(1 for entry in service.agent.entries if entry.live))
+    ops = serve(*address(settings.ops_listen), metrics.registry, lambda: _health(bus, service, trouble), clock)
+    notify_systemd("READY=1")
+    await service.run(stop)
+    notify_systemd("STOPPING=1")
+    await asyncio.to_thread(bus.stop)
+    ops.close()
+    return 0
+
+
+def _discard(_: object) -> None:
+    """The loop's handle is not needed."""
+
+
+def _alarm(error: BusError, trouble: list[str]) -> None:
+    log.error("%s", error)
+    trouble[:] = [str(error)]
+
+
+def _health(bus: AmqpBus, service: Service, trouble: Sequence[str]) -> Health:
+    reasons = [] if bus.connected else ["the broker is not connected", *trouble]
+    if not service.bridge.up:
+        reasons.append("the console bridge does not accept connections")
+    return Health(not reasons, tuple(reasons))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
