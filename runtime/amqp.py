@@ -110,7 +110,7 @@ class AmqpBus(Listeners):
         # The I/O thread's own.
         self._link: Link | None = None
         self._attempt = 0
-        self._complained = False
+        self._complaints: set[str] = set()
         self._subscriptions: list[Subscription] = []
         self._ticks: list[Tick] = []
 
@@ -318,7 +318,7 @@ class AmqpBus(Listeners):
     def link_up(self, link: Link) -> None:
         """See Owner."""
         log.info("%s is connected to the broker", self._name)
-        self._complained = False
+        self._complaints.clear()
         with self._changed:
             self._up, self._blocked = True, None
         self._loop.call_later(_HEALTHY_SECONDS, partial(self._healthy, link))
@@ -355,7 +355,8 @@ class AmqpBus(Listeners):
     def _complain(self, link: Link, error: BaseException, delay: float) -> None:
         """Say it once an outage, in plain words; the repeats are for debugging."""
         refused = isinstance(error, _REFUSALS)
-        if self._complained:
+        kind = "refused" if refused else "unreachable"
+        if kind in self._complaints:
             log.debug("no connection to %s, next try in %.1f s: %s", link.address, delay, text_of(error))
         elif refused:
             problem = LoginRefused(f"{link.address} refuses the login {link.login!r}: {text_of(error)}")
@@ -363,7 +364,7 @@ class AmqpBus(Listeners):
             self.fatal(problem)
         else:
             log.warning("no connection to %s, trying again: %s", link.address, text_of(error))
-        self._complained = True
+        self._complaints.add(kind)
 
     def hand_out(self, link: Link, handler: Handler, delivery: Delivery) -> None:
         """See Owner."""

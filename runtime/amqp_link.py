@@ -313,9 +313,11 @@ class Link:
                 channel.basic_cancel(tag)
 
     def close(self) -> None:
-        """End the connection, or the attempt, in an orderly way; link_down follows."""
-        if not (self._connection.is_closing or self._connection.is_closed):
+        """End the connection in an orderly way, or the attempt at once; link_down follows."""
+        if self._connection.is_open:
             self._connection.close()
+        elif not self._connection.is_closing:
+            self.sever(BusDown("given up while connecting"))
 
     def sever(self, error: BaseException) -> None:
         """End the connection without the broker's consent; link_down follows.

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 Dispatch = Callable[[Callable[[], None]], None]
 
 _BACKOFF_FIRST = 0.25
-_BACKOFF_CAP = 15.0
+_BACKOFF_CAP = 8.0
 _SHORT_STRING = 255
 
 

@@ -57,7 +57,7 @@ def name() -> str:
 
 def plan(name: str, kind: str = "quorum", **arguments: str | int | bool) -> Topology:
     """A direct exchange with one queue that dead-letters to a fanout with another."""
-    values = {"x-queue-type": kind, "x-dead-letter-exchange": f"{name}.dead"}
+    values: dict[str, str | int | bool] = {"x-queue-type": kind, "x-dead-letter-exchange": f"{name}.dead"}
     values |= {f"x-{key.replace('_', '-')}": value for key, value in arguments.items()}
     return Topology(
         (Exchange(f"{name}.x", "direct"), Exchange(f"{name}.dead", "fanout")),

@@ -9,13 +9,13 @@ import struct
 import subprocess
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import pika
+import pika  # type: ignore[import-untyped]
 import pytest
 from support.broker import PrivateBroker, free_port
 from support.bus_harness import PASSWORD, PATIENCE, AmqpHarness, definitions
@@ -87,6 +87,16 @@ def queue(harness: AmqpHarness) -> str:
 
 def to(queue: str, body: bytes = b"{}") -> Outgoing:
     return Outgoing("", queue, "thing.v1", body)
+
+
+def keep(got: list[Delivery]) -> Callable[[Delivery], None]:
+    """A handler that collects and acknowledges."""
+
+    def handler(delivery: Delivery) -> None:
+        got.append(delivery)
+        delivery.ack()
+
+    return handler
 
 
 def error(future: Future[Any]) -> BaseException | None:
@@ -312,7 +322,7 @@ def _nested(depth: int) -> bytes:
 def test_hostile_properties_reach_the_handler_as_an_ordinary_message(harness: AmqpHarness, properties: bytes) -> None:
     alice = harness.bus("alice", EVENTS)
     got: list[Delivery] = []
-    alice.consume("m.in", lambda d: (got.append(d), d.ack())[0])
+    alice.consume("m.in", keep(got))
     harness.settle()
     got.clear()
     lost: list[None] = []
@@ -328,7 +338,7 @@ def test_hostile_properties_reach_the_handler_as_an_ordinary_message(harness: Am
 def test_a_sender_cannot_be_forged(harness: AmqpHarness) -> None:
     alice = harness.bus("alice", EVENTS)
     got: list[Delivery] = []
-    alice.consume("m.in", lambda d: (got.append(d), d.ack())[0])
+    alice.consume("m.in", keep(got))
     _publish_raw(harness, "host.mallory.vm", struct.pack(">H", 1 << 4) + b"\x05alice", b"forged")
     alice.publish(Outgoing("m.events", "host.a.vm", "thing.v1", b"honest")).result(PATIENCE)
     harness.wait(lambda: b"honest" in [d.body for d in got], "the next message arrives")
@@ -479,6 +489,21 @@ def test_stop_ends_although_the_broker_is_silent(harness: AmqpHarness, queue: st
     harness.new_bus().stop()  # never started
 
 
+def test_stop_ends_an_attempt_that_hangs(rabbit: PrivateBroker) -> None:
+    """The address accepts connections and says nothing."""
+    harness = AmqpHarness(rabbit)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        bus = harness.new_bus(urls=[f"amqp://u:p@127.0.0.1:{mute.getsockname()[1]}/"], connect_timeout=PATIENCE)
+        bus.start()
+        mute.accept()[0].close()
+        peer, _ = mute.accept()
+        with peer:
+            assert peer.recv(8) == b"AMQP\x00\x00\x09\x01"
+            bus.stop(PATIENCE)
+            assert peer.recv(8) == b""
+    harness.close()
+
+
 def test_a_dispatch_that_is_closed_is_survived(harness: AmqpHarness, queue: str) -> None:
     def closed(_: object) -> None:
         raise RuntimeError("the event loop is closed")
@@ -512,7 +537,7 @@ def test_a_ghost_of_ourselves_is_outwaited(harness: AmqpHarness) -> None:
     fatal: list[BusError] = []
     bus.on_fatal(fatal.append)
     got: list[Delivery] = []
-    bus.consume(name, lambda d: (got.append(d), d.ack())[0], exclusive=True)
+    bus.consume(name, keep(got), exclusive=True)
     other = harness.bus("bob")
     other.publish(to(name)).result(PATIENCE)
     harness.wait(lambda: len(got) == 1, "it is ours")

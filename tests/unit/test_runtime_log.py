@@ -196,7 +196,7 @@ def test_uncaught_exceptions_are_logged_and_struck_out(log: Log) -> None:
     try:
         fail()
     except RuntimeError:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
     assert [line["level"] for line in log.lines()] == ["critical", "critical"]
     assert "CANARY" not in log.stream.getvalue() and "RuntimeError: token=***" in log.lines()[0]["exception"]
 

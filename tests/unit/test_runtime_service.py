@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -166,14 +167,14 @@ def test_the_system_clock_counts_suspended_time() -> None:
 @given(st.integers(0, 10**9), st.integers())
 def test_backoff_is_bounded_and_never_zero(attempt: int, seed: int) -> None:
     delay = backoff(attempt, random.Random(seed))
-    assert 0.125 <= delay <= 15.0
+    assert 0.125 <= delay <= 8.0
 
 
 @given(st.integers(0, 40), st.integers(), st.integers())
 def test_backoff_grows(attempt: int, seed: int, other: int) -> None:
     """Three tries later the least wait is longer than the longest was, until the cap."""
     early, late = backoff(attempt, random.Random(seed)), backoff(attempt + 3, random.Random(other))
-    assert late > early or late >= 7.5
+    assert late > early or late >= 4.0
 
 
 def test_backoff_is_a_function_of_the_given_randomness() -> None:
@@ -194,11 +195,11 @@ def test_a_failing_handler_gives_back_once(redelivered: bool, expected: list[Set
 
 
 def test_a_tick_that_still_runs_is_not_started_again() -> None:
-    waiting = []
+    waiting: list[Callable[[], None]] = []
     ran: list[None] = []
     tick = Tick(1.0, lambda: ran.append(None))
 
-    def dispatch(action: object) -> bool:
+    def dispatch(action: Callable[[], None]) -> bool:
         waiting.append(action)
         return True
 
