@@ -154,13 +154,18 @@ class Service:
         work = [
             asyncio.create_task(self.bridge.keep()),
             asyncio.create_task(self._every(self._settings.heartbeat_s, self.link.beat)),
-            asyncio.create_task(self._every(1.0, self.agent.tick)),
+            asyncio.create_task(self._every(1.0, self._tick)),
             asyncio.create_task(self._look_around()),
         ]
         await stop.wait()
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
+
+    def _tick(self) -> None:
+        self.agent.tick()
+        if self.agent.fenced:
+            self.link.beat()  # nothing can be placed here before the scheduler has answered
 
     async def _every(self, seconds: float, action: Callable[[], None]) -> None:
         while True:

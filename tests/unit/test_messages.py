@@ -1,0 +1,195 @@
+"""The wire: what is encoded comes back, what is not valid is refused with its bytes, nothing else ever happens."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deskfleet.schemas.errors import DecodeError, Reason
+from deskfleet.schemas.host import Gpu, GuestReport, HostReport, Phase, implausible
+from deskfleet.schemas.machine import Firmware, Format, Os, Video
+from deskfleet.schemas.messages import (
+    REGISTRY,
+    DrainRequested,
+    HostFence,
+    LaunchRequested,
+    Message,
+    SessionChanged,
+    StopRequested,
+    VmReport,
+    VmStart,
+    VmStop,
+    decode,
+    decode_as,
+    encode,
+)
+from deskfleet.schemas.session import Outcome, Resources, State
+
+SID = "0123456789abcdef" * 2
+SIZE = Resources(2, 512, 4, 1, "A100")
+GUEST = GuestReport(SID, 7, Phase.ENDED, True, 2, Outcome.FAILED, Reason.QEMU_EXITED, "é")
+GPU = Gpu("0000:01:00.0", "A100", 12, ("0000:01:00.0", "0000:01:00.1"), True)
+REPORT = HostReport(
+    host="h1",
+    incarnation="i1",
+    seq=4,
+    boot_id="b",
+    last_generation=9,
+    fenced=False,
+    console="[::1]:6080",
+    accel="tcg",
+    cpus=4,
+    memory_mib=8192,
+    load1=0.25,
+    memory_free_mib=4096,
+    disk_mib=1000,
+    disk_free_mib=500,
+    images=("a" * 64,),
+    gpus=(GPU,),
+    guests=(GUEST,),
+    problems=("no KVM",),
+    version="0.1.0",
+)
+START = VmStart(
+    SID, 7, "zoë", "tiny", Os.LINUX, "a" * 64, Format.QCOW2, Video.VIRTIO, Firmware.BIOS, SIZE, GPU.functions,
+    True, 3600, 60, 600,
+)  # fmt: skip
+EXAMPLES: list[Message] = [
+    LaunchRequested(SID, "a@b.org", ("staff",), "tiny", SIZE, True, 3600, 60),
+    StopRequested(SID, "ann", False),
+    DrainRequested("h1", True, "root"),
+    START,
+    VmStop(SID, 7, Outcome.EXPIRED, Reason.EXPIRED),
+    HostFence("h1", 12),
+    VmReport("h1", GUEST),
+    REPORT,
+    SessionChanged(SID, State.ENDED, Outcome.LOST, "h1", 7),
+]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_what_is_encoded_comes_back(message: Message) -> None:
+    assert decode(*encode(message)) == message
+
+
+def test_every_registered_type_has_an_example() -> None:
+    assert {encode(message)[0] for message in EXAMPLES} == set(REGISTRY)
+
+
+@pytest.mark.parametrize("kind", REGISTRY)
+def test_the_schema_names_every_field_of_its_dataclass(kind: str) -> None:
+    assert set(REGISTRY[kind].fields) == {field.name for field in fields(REGISTRY[kind].target)}
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_unknown_fields_of_a_newer_version_are_ignored(message: Message) -> None:
+    kind, body = encode(message)
+    newer = {**json.loads(body), "from_the_future": {"x": [1]}}
+    assert decode(kind, json.dumps(newer).encode()) == message
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_a_missing_field_is_refused_and_the_bytes_are_kept(message: Message) -> None:
+    kind, body = encode(message)
+    for name in json.loads(body):
+        broken = json.dumps({k: v for k, v in json.loads(body).items() if k != name}).encode()
+        with pytest.raises(DecodeError) as caught:
+            decode(kind, broken)
+        assert caught.value.body == broken
+        assert name in str(caught.value)
+
+
+HOSTILE = [
+    ("sid", "../../etc/passwd"),
+    ("sid", SID + "\n"),
+    ("sid", SID.upper()),
+    ("generation", -1),
+    ("generation", True),
+    ("generation", 1.5),
+    ("generation", 10**400),
+    ("machine", "a;touch pwned"),
+    ("machine", "$(id)"),
+    ("machine", "-monitor stdio"),
+    ("machine", "x,readonly=off"),
+    ("gpu_addresses", ["0000:01:00.0,rombar=0"]),
+    ("gpu_addresses", ["../0000:01:00.0"]),
+    ("gpu_addresses", "0000:01:00.0"),
+    ("sha256", "a" * 63),
+    ("persistent", "yes"),
+    ("lifetime_s", 0),
+    ("user", ""),
+    ("format", "parallels"),
+    ("resources", {"cpus": 0, "memory_mib": 1, "disk_gib": 1, "gpus": 0, "gpu_model": ""}),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), HOSTILE)
+def test_c26_names_and_numbers_that_become_arguments_are_refused(name: str, value: object) -> None:
+    kind, body = encode(START)
+    with pytest.raises(DecodeError):
+        decode(kind, json.dumps({**json.loads(body), name: value}).encode())
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-1", "1e300", '"4"', "null"])
+def test_c34_nonsense_in_a_heartbeat_is_refused(number: str) -> None:
+    kind, body = encode(REPORT)
+    with pytest.raises(DecodeError):
+        decode(kind, body.replace(b'"load1":0.25', b'"load1":' + number.encode()).replace(b'"seq":4', b'"seq":null'))
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"\xff\xfe", b"null", b"[]", b'"x"', b"{", b"[" * 100_000, b'{"sid": "' + b"x" * (1 << 20) + b'"}']
+)
+def test_what_is_no_object_is_refused(body: bytes) -> None:
+    for kind in REGISTRY:
+        with pytest.raises(DecodeError):
+            decode(kind, body)
+
+
+def test_an_unknown_type_and_a_wrong_one_are_refused() -> None:
+    with pytest.raises(DecodeError, match="not known"):
+        decode("vm.start.v9", b"{}")
+    with pytest.raises(DecodeError, match=r"host\.heartbeat\.v1"):
+        decode_as(HostReport, *encode(START))
+
+
+JSON: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@given(st.sampled_from(sorted(REGISTRY)), JSON)
+def test_any_json_is_either_a_message_or_a_decode_error(kind: str, value: object) -> None:
+    with suppress(DecodeError):
+        decode(kind, json.dumps(value).encode())
+
+
+@given(st.sampled_from(EXAMPLES), st.data())
+def test_a_message_with_one_field_spoilt_is_still_a_message_or_a_decode_error(
+    message: Message, data: st.DataObject
+) -> None:
+    kind, body = encode(message)
+    content = json.loads(body)
+    content[data.draw(st.sampled_from(sorted(content)))] = data.draw(JSON)
+    with suppress(DecodeError):
+        decode(kind, json.dumps(content).encode())
+
+
+def test_figures_that_cannot_be_true_together_are_told() -> None:
+    assert implausible(REPORT) == ""
+    for wrong in (
+        replace(REPORT, cpus=0),
+        replace(REPORT, memory_free_mib=99_999),
+        replace(REPORT, disk_free_mib=1001),
+        replace(REPORT, guests=(GUEST, GUEST)),
+        replace(REPORT, gpus=(GPU, replace(GPU, address="0000:02:00.0"))),
+    ):
+        assert implausible(wrong)

@@ -1,0 +1,66 @@
+"""Tickets: only ours, only for half a minute, every key that is still listed."""
+
+from __future__ import annotations
+
+import pytest
+from itsdangerous import URLSafeTimedSerializer
+
+from deskfleet.schemas.errors import TicketError
+from deskfleet.schemas.tickets import Mode, Ticket, Tickets
+
+OLD, NEW = "o" * 32, "n" * 32
+TICKET = Ticket("a" * 32, "zoë", 7, Mode.FULL, "b" * 32)
+
+
+def test_a_ticket_comes_back() -> None:
+    assert Tickets([NEW]).verify(Tickets([NEW]).sign(TICKET)) == TICKET
+
+
+def test_an_old_key_verifies_until_it_is_taken_away() -> None:
+    text = Tickets([OLD]).sign(TICKET)
+    assert Tickets([OLD, NEW]).verify(text) == TICKET
+    with pytest.raises(TicketError):
+        Tickets([NEW]).verify(text)
+
+
+def test_c19_a_ticket_dies_and_is_not_revived_by_a_clock_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    tickets = Tickets([NEW])
+    text = tickets.sign(TICKET)
+    import time
+
+    real = time.time()
+    monkeypatch.setattr(time, "time", lambda: real + 31)
+    with pytest.raises(TicketError):
+        tickets.verify(text)
+    monkeypatch.setattr(time, "time", lambda: real - 3600)
+    with pytest.raises(TicketError):
+        tickets.verify(text)
+
+
+@pytest.mark.parametrize("change", range(0, 60, 7))
+def test_a_changed_ticket_is_refused(change: int) -> None:
+    text = Tickets([NEW]).sign(TICKET)
+    other = "A" if text[change] != "A" else "B"
+    with pytest.raises(TicketError):
+        Tickets([NEW]).verify(text[:change] + other + text[change + 1 :])
+
+
+@pytest.mark.parametrize("text", ["", ".", "x" * 5000, "é", "a.b.c", "\0"])
+def test_what_is_no_ticket_is_refused(text: str) -> None:
+    with pytest.raises(TicketError):
+        Tickets([NEW]).verify(text)
+
+
+@pytest.mark.parametrize(
+    "content", [[], {}, ["x"] * 5, ["a" * 32, "u", "7", "full", "b" * 32], ["a" * 32, "u", 7, "root", "b" * 32]]
+)
+def test_a_signed_thing_of_another_shape_is_refused(content: object) -> None:
+    text = URLSafeTimedSerializer([NEW], salt="deskfleet.console.1").dumps(content)
+    with pytest.raises(TicketError):
+        Tickets([NEW]).verify(str(text))
+
+
+def test_short_keys_are_refused() -> None:
+    for keys in ([], ["short"], [NEW, "short"]):
+        with pytest.raises(TicketError):
+            Tickets(keys)
