@@ -122,6 +122,8 @@ def qemu(
         f"unix:{paths.rescue},server=on,wait=off",
         "-fw_cfg",
         f"name=opt/deskfleet/sid,string={start.sid}",
+        "-fw_cfg",
+        f"name=opt/deskfleet/hostname,string=desk-{start.sid[:8]}",
         *_firmware(start, paths),
         *_disks(start, paths),
         *_devices(start, paths),

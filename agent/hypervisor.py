@@ -234,7 +234,7 @@ class QemuHypervisor:
             yield
         finally:
             if writer:
-                writer.close()
+                await _close(writer)
 
     # --- end ------------------------------------------------------------------------------------------------
 
@@ -257,16 +257,23 @@ class QemuHypervisor:
             return
         try:
             async with monitor(guest.paths.qmp) as qemu:
-                if powerdown:
-                    await qemu.command("system_powerdown")
-                    if await self._ends_within(guest, self._config.powerdown_s):
-                        return
+                if powerdown and await self._powers_down(guest, qemu):
+                    return
                 await qemu.command("quit")
         except MonitorError as error:
             log.info("%s: %s", sid, error)
         if not await self._ends_within(guest, self._config.quit_s):
             log.warning("%s does not quit: killing it", sid)
             guest.process.kill()
+
+    async def _powers_down(self, guest: _Guest, qemu: Monitor) -> bool:
+        """Press the power button until the guest obeys or its time is over: while it boots, a press is lost."""
+        deadline = self._loop.time() + self._config.powerdown_s
+        while (left := deadline - self._loop.time()) > 0:
+            await qemu.command("system_powerdown")
+            if await self._ends_within(guest, min(2.0, left)):
+                return True
+        return False
 
     async def _ends_within(self, guest: _Guest, seconds: float) -> bool:
         try:
@@ -338,6 +345,13 @@ class QemuHypervisor:
         shutil.rmtree(self._config.run / sid, ignore_errors=True)
         self._disks.remove(sid)
 
+    async def close(self) -> None:
+        """Let go of every guest; they run on."""
+        tasks = [task for guest in self._guests.values() for task in guest.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     def leftovers(self) -> set[str]:
         """The sids that have files here."""
         return {path.name for path in self._config.run.iterdir()} | self._disks.present()
@@ -354,4 +368,10 @@ async def _greets(path: Path) -> bool:
     except (asyncio.IncompleteReadError, OSError):
         return False
     finally:
-        writer.close()
+        await _close(writer)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()

@@ -136,6 +136,8 @@ class Disks:
     def __init__(self, folder: Path, templates: Path) -> None:
         self._folder = folder
         self._templates = templates
+        for unfinished in templates.glob("*.tmp"):
+            unfinished.unlink()
 
     def path(self, sid: str) -> Path:
         """Where a guest's overlay is, or would be."""
@@ -152,7 +154,7 @@ class Disks:
         disk = self.path(sid)
         try:
             if not template.exists():
-                await self._make(template, image, image_format, gib)
+                await self._make(template, sid, image, image_format, gib)
             shutil.copyfile(template, disk)
             disk.chmod(0o600)
         except OSError as error:
@@ -160,8 +162,9 @@ class Disks:
             raise DiskError(Reason.NO_SPACE, f"the disk can't be written: {error.strerror}") from error
         return disk
 
-    async def _make(self, template: Path, image: Path, image_format: Format, gib: int) -> None:
-        temporary = template.with_suffix(".tmp")
+    async def _make(self, template: Path, sid: str, image: Path, image_format: Format, gib: int) -> None:
+        # Two first launches of one image may be here at once: each makes its own, the later rename wins.
+        temporary = self._templates / f"{sid}.tmp"
         if image_format is Format.ISO:
             await _qemu_img("create", "-q", "-f", "qcow2", str(temporary), f"{gib}G")
         else:

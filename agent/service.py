@@ -24,7 +24,7 @@ from deskfleet.agent.hypervisor import Config, QemuHypervisor
 from deskfleet.agent.images import Disks, ImageIndex
 from deskfleet.agent.journal import FileJournal
 from deskfleet.agent.link import Link
-from deskfleet.agent.processes import spawn
+from deskfleet.agent.processes import Spawn, spawn
 from deskfleet.agent.settings import AgentSettings
 from deskfleet.runtime.bus import Bus
 from deskfleet.runtime.service import Clock
@@ -60,7 +60,17 @@ def lock(state: Path) -> IO[str]:
 class Service:
     """One host's agent. `bus` dispatches to this event loop."""
 
-    def __init__(self, settings: AgentSettings, accel: Accel, bus: Bus, clock: Clock, version: str) -> None:
+    def __init__(
+        self,
+        settings: AgentSettings,
+        accel: Accel,
+        bus: Bus,
+        clock: Clock,
+        version: str,
+        *,
+        spawn: Spawn = spawn,
+        sysfs: Path = Path("/sys"),
+    ) -> None:
         self._settings = settings
         self._accel = accel
         self._clock = clock
@@ -68,7 +78,8 @@ class Service:
         self._incarnation = secrets.token_hex(8)
         self._boot_id = boot_id()
         self._problems: list[str] = [accel.why] if accel.why else []
-        self._gpus = find_gpus(names=settings.gpu_names)
+        self._sysfs = sysfs
+        self._gpus = find_gpus(sysfs, settings.gpu_names)
         state = settings.state
         self._nonces = state / "nonces"
         for folder in (state / "disks", state / "templates", self._nonces, settings.run, settings.images):
@@ -161,6 +172,7 @@ class Service:
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
+        await self.hypervisor.close()
 
     def _tick(self) -> None:
         self.agent.tick()
@@ -182,7 +194,7 @@ class Service:
             with contextlib.suppress(OSError):
                 before = self._images.digests()
                 await asyncio.to_thread(self._images.refresh)
-                self._gpus = await asyncio.to_thread(find_gpus, names=self._settings.gpu_names)
+                self._gpus = await asyncio.to_thread(find_gpus, self._sysfs, self._settings.gpu_names)
                 await asyncio.to_thread(expire_nonces, self._nonces, _NONCE_S, self._clock.wall())
                 if self._images.digests() != before:
                     self.link.beat()

@@ -1,0 +1,346 @@
+"""The agent with real qemu guests: their life and end, refusals with their reason, and what stays behind: nothing."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from support.guests import Host, build_tiny, scenario, short_folder, with_options
+from support.rfb import Rfb, UnixStream
+from support.screen import TINY_TEXT, identity, read_identity, region_hash
+
+from deskfleet.agent import guard
+from deskfleet.agent.argv import uuid_of
+from deskfleet.schemas.errors import Reason
+from deskfleet.schemas.host import Phase
+from deskfleet.schemas.machine import Firmware, Format, Machine, Os
+from deskfleet.schemas.session import Outcome
+
+SID, OTHER = "1" * 32, "2" * 32
+
+
+@pytest.fixture(scope="module")
+def images() -> Iterator[tuple[Path, Machine]]:
+    with short_folder() as folder:
+        machine = build_tiny(folder)
+        yield folder / "images", machine
+
+
+@pytest.fixture
+def host(images: tuple[Path, Machine]) -> Iterator[Host]:
+    with short_folder() as folder:
+        yield Host(folder, images[1], images[0])
+
+
+def qemu_of(sid: str) -> psutil.Process:
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if uuid_of(sid) in line and "qemu-system" in line[0]:
+            return process
+    raise AssertionError(f"no qemu of {sid}")
+
+
+def test_a_guest_from_start_to_stop(host: Host) -> None:
+    async def work() -> None:
+        async with await host.start():
+            host.launch(SID)
+            await host.phase(SID, Phase.RUNNING)
+            viewer = Rfb(UnixStream(host.run / SID / "vnc.sock"))
+            await host.until(lambda: read_identity(viewer.picture()) == identity(SID), "the guest's picture")
+            before = region_hash(viewer.picture(), TINY_TEXT)
+            viewer.type("hello")
+            await host.until(lambda: region_hash(viewer.picture(), TINY_TEXT) != before, "the typed text")
+            await host.until(lambda: viewers(host, SID) == 1, "the viewer to be counted")
+            viewer.close()
+            await host.until(lambda: viewers(host, SID) == 0, "the viewer to be gone")
+            _check_confinement(host)
+            host.stop(SID)
+            ended = await host.phase(SID, Phase.ENDED)
+            assert (ended.outcome, ended.reason, ended.ran) == (Outcome.STOPPED, Reason.STOPPED_BY_USER, True)
+            assert host.leftovers() == []
+            assert not [c for c in psutil.Process().children() if c.status() == psutil.STATUS_ZOMBIE]
+
+    scenario(work)
+
+
+def viewers(host: Host, sid: str) -> int | None:
+    """How many viewers of a guest a new heartbeat tells."""
+    host.service.link.beat()
+    return next((guest.viewers for guest in host.heartbeats[-1].guests if guest.sid == sid), None)
+
+
+def _check_confinement(host: Host) -> None:
+    """C21 and the sandbox, seen from outside."""
+    process = qemu_of(SID)
+    assert process.uids().real == 50_000_000
+    assert not process.net_connections("inet"), "qemu has a port"
+    status = dict(
+        line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if ":" in line
+    )
+    assert status["Seccomp"].strip() == "2" and status["NoNewPrivs"].strip() == "1"
+    assert int(status["CapEff"], 16) == 0
+    folder = host.run / SID
+    assert folder.stat().st_mode & 0o777 == 0o700 and folder.stat().st_uid == 50_000_000
+    for name in ("vnc.sock", "qmp.sock", "rescue.sock"):
+        assert (folder / name).is_socket()
+
+
+def test_two_guests_have_two_users(host: Host) -> None:
+    async def work() -> None:
+        async with await host.start():
+            host.launch(SID)
+            host.launch(OTHER)
+            await host.phase(SID, Phase.RUNNING)
+            await host.phase(OTHER, Phase.RUNNING)
+            assert qemu_of(SID).uids().real != qemu_of(OTHER).uids().real
+            host.stop(SID)
+            await host.phase(SID, Phase.ENDED)
+            assert host.service.hypervisor.running() == {OTHER}
+
+    scenario(work)
+
+
+def test_a_guest_that_shuts_itself_down_is_told_apart_from_a_stop(host: Host) -> None:
+    async def work() -> None:
+        async with await host.start():
+            host.launch(SID)
+            await host.phase(SID, Phase.RUNNING)
+            qemu_of(SID).terminate()
+            ended = await host.phase(SID, Phase.ENDED)
+            assert (ended.outcome, ended.reason) == (Outcome.GUEST_OFF, Reason.GUEST_OFF)
+            assert host.leftovers() == []
+
+    scenario(work)
+
+
+def test_a_guest_that_obeys_nothing_is_killed_in_the_end(host: Host) -> None:
+    host.settings = replace(host.settings, powerdown_s=0.5)
+
+    async def work() -> None:
+        async with await host.start():
+            host.launch(SID)
+            await host.phase(SID, Phase.RUNNING)
+            qemu_of(SID).suspend()
+            host.stop(SID)
+            ended = await host.phase(SID, Phase.ENDED)
+            assert ended.outcome is Outcome.STOPPED
+            assert host.leftovers() == []
+
+    scenario(work)
+
+
+def test_lifetime_and_single_shot_end_by_themselves(host: Host) -> None:
+    async def work() -> None:
+        async with await host.start():
+            host.launch(SID, lifetime_s=2)
+            host.launch(OTHER, persistent=False, grace_s=1)
+            await host.phase(OTHER, Phase.RUNNING)
+            viewer = Rfb(UnixStream(host.run / OTHER / "vnc.sock"))
+            await host.until(lambda: viewers(host, OTHER) == 1, "the viewer to be counted")
+            viewer.close()
+            assert (await host.phase(SID, Phase.ENDED)).outcome is Outcome.EXPIRED
+            assert (await host.phase(OTHER, Phase.ENDED)).outcome is Outcome.DISCONNECTED
+            assert host.leftovers() == []
+
+    scenario(work)
+
+
+def test_qemu_that_exits_at_once_leaves_its_last_words_and_nothing_else(host: Host) -> None:
+    async def work() -> None:
+        async with await host.start(with_options("-device", "no-such-device")):
+            host.launch(SID)
+            ended = await host.phase(SID, Phase.ENDED)
+            assert (ended.outcome, ended.reason, ended.ran) == (Outcome.FAILED, Reason.QEMU_EXITED, False)
+            assert "no-such-device" in ended.detail
+            assert host.leftovers() == []
+
+    scenario(work)
+
+
+def test_a_gpu_goes_all_the_way_to_qemu(host: Host, tmp_path: Path) -> None:
+    """There is no card here: qemu itself says that it was told to take this one."""
+    for function in ("0000:7f:00.0", "0000:7f:00.1"):
+        device = tmp_path / "bus/pci/devices" / function
+        device.mkdir(parents=True)
+        (device / "class").write_text("0x030000\n" if function.endswith("0") else "0x040300\n")
+        (device / "vendor").write_text("0x10de\n")
+        (device / "device").write_text("0x20b0\n")
+        (tmp_path / "groups/9").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "vfio-pci").mkdir(exist_ok=True)
+        (device / "iommu_group").symlink_to(tmp_path / "groups/9")
+        (device / "driver").symlink_to(tmp_path / "vfio-pci")
+
+    async def work() -> None:
+        async with await host.start(sysfs=tmp_path):
+            assert [gpu.offered for gpu in host.heartbeats[-1].gpus] == [True]
+            host.launch(SID, gpu_addresses=("0000:7f:00.0", "0000:7f:00.1"))
+            ended = await host.phase(SID, Phase.ENDED)
+            assert ended.reason is Reason.QEMU_EXITED
+            assert "-device vfio-pci,host=0000:7f:00.0" in ended.detail
+
+    scenario(work)
+
+
+def test_c24_an_image_that_refers_to_another_file_is_refused(host: Host, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    canary = tmp_path / "canary"
+    canary.write_text("secret")
+    line = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(canary), "-F", "raw", str(images / "evil.qcow2"), "1M"]
+    subprocess.run(line, check=True)
+    digest = subprocess.run(["sha256sum", images / "evil.qcow2"], check=True, capture_output=True, text=True).stdout
+    machine = replace(host.machine, sha256=digest.split()[0], format=Format.QCOW2, file="evil.qcow2")
+    host.machine = machine
+    host.settings = replace(host.settings, images=images)
+
+    async def work() -> None:
+        async with await host.start():
+            host.launch(SID)
+            ended = await host.phase(SID, Phase.ENDED)
+            assert (ended.reason, ended.ran) == (Reason.IMAGE_BAD, False)
+            assert "refers to another file" in ended.detail
+            assert host.leftovers() == []
+
+    scenario(work)
+
+
+def test_an_image_that_changed_after_it_was_read_is_not_used(
+    host: Host, tmp_path: Path, images: tuple[Path, Machine]
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "tiny.iso").write_bytes((images[0] / "tiny.iso").read_bytes())
+    host.settings = replace(host.settings, images=folder)
+
+    async def work() -> None:
+        async with await host.start():
+            (folder / "tiny.iso").write_bytes(b"something else")
+            host.launch(SID)
+            ended = await host.phase(SID, Phase.ENDED)
+            assert ended.reason is Reason.IMAGE_MISSING
+
+    scenario(work)
+
+
+def test_c28_a_full_disk_is_a_refusal_and_leaves_no_trace(host: Host) -> None:
+    disks = host.folder / "s" / "disks"
+    disks.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=711", "tmpfs", str(disks)], check=True)
+    try:
+
+        async def work() -> None:
+            async with await host.start():
+                (disks / "ballast").write_bytes(bytes(60 * 1024))
+                host.launch(SID)
+                ended = await host.phase(SID, Phase.ENDED)
+                assert (ended.outcome, ended.reason) == (Outcome.FAILED, Reason.NO_SPACE)
+                (disks / "ballast").unlink()
+                assert host.leftovers() == []
+
+        scenario(work)
+    finally:
+        subprocess.run(["umount", str(disks)], check=True)
+
+
+def test_uefi_firmware_comes_up(host: Host) -> None:
+    async def work() -> None:
+        async with await host.start():
+            host.launch(SID, firmware=Firmware.UEFI)
+            await host.phase(SID, Phase.RUNNING)
+            assert (host.run / SID / "vars.fd").stat().st_uid == 50_000_000
+            host.stop(SID)
+            await host.phase(SID, Phase.ENDED)
+
+    scenario(work)
+
+
+def test_c37_a_second_agent_on_the_same_state_refuses_to_start(host: Host) -> None:
+    from deskfleet.agent.service import AgentError, lock
+
+    with lock(host.settings.state), pytest.raises(AgentError, match="another agent runs"):
+        lock(host.settings.state)
+
+
+# --- C27: what a guest can reach ----------------------------------------------------------------------------
+
+
+class Listener:
+    """A service of the host on every address; it counts who comes."""
+
+    def __init__(self) -> None:
+        self._socket = socket.create_server(("0.0.0.0", 0))
+        self.port = self._socket.getsockname()[1]
+        self.visits: list[str] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                client, address = self._socket.accept()
+            except OSError:
+                return
+            self.visits.append(address[0])
+            client.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def probe_script(port: int) -> str:
+    """What the boot ROM does: get an address, try to fetch a page from the host, then reset (which ends qemu)."""
+    fetch = "imgfetch --timeout 3000 http://{}:{}/probe || echo refused"
+    tries = "\n".join(fetch.format(target, port) for target in ("127.0.0.1", "${net0/gateway}", "${net0/dhcp-server}"))
+    return f"#!ipxe\ndhcp || reboot\n{tries}\nreboot\n"
+
+
+def ipxe(folder: Path, port: int) -> tuple[str, ...]:
+    script = folder / "probe.ipxe"
+    script.write_text(probe_script(port))
+    script.chmod(0o644)
+    return ("-no-reboot", "-kernel", "/usr/lib/ipxe/ipxe.lkrn", "-initrd", str(script))
+
+
+def test_c27_the_boot_rom_of_a_guest_can_t_fetch_a_page_from_the_host(host: Host) -> None:
+    listener = Listener()
+
+    async def work() -> None:
+        async with await host.start(with_options(*ipxe(host.folder, listener.port))):
+            assert not host.heartbeats[-1].problems or "network" not in " ".join(host.heartbeats[-1].problems)
+            host.launch(SID, os=Os.LINUX)
+            await host.phase(SID, Phase.ENDED)
+            rules = subprocess.run(
+                ["nft", "list", "table", "inet", guard.table("h1")], check=True, capture_output=True, text=True
+            ).stdout
+            refused = int(rules.split("counter packets ")[1].split()[0])
+            assert refused > 0, "the guest did not even try, so this shows nothing"
+
+    scenario(work)
+    listener.close()
+    assert listener.visits == []
+
+
+def test_c27_the_probe_itself_works_where_nothing_guards(host: Host) -> None:
+    """The same ROM, the same passt, no guard: the page is reached. Without this the test above could not fail."""
+    listener = Listener()
+
+    probing = with_options(*ipxe(host.folder, listener.port))
+
+    def unguarded(argv: Sequence[str], *, uid: int | None, cwd: Path, log: Path, fds: Sequence[int]) -> int:
+        if argv[0] == "passt":
+            argv, uid = [word for word in argv if word != "--no-map-gw"], 65534
+        return probing(argv, uid=uid, cwd=cwd, log=log, fds=fds)
+
+    async def work() -> None:
+        async with await host.start(unguarded):
+            host.launch(SID, os=Os.LINUX)
+            await host.phase(SID, Phase.ENDED)
+
+    scenario(work)
+    listener.close()
+    assert listener.visits, "the boot ROM's requests did not arrive"
