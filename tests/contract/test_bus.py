@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from support.broker import PrivateBroker
+from demo.broker import PrivateBroker
 from support.bus_harness import PATIENCE, AmqpHarness, Harness, MemoryHarness, definitions
 
 from deskfleet.runtime.bus import (

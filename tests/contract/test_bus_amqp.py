@@ -17,7 +17,7 @@ from typing import Any
 
 import pika  # type: ignore[import-untyped]
 import pytest
-from support.broker import PrivateBroker, free_port
+from demo.broker import PrivateBroker, free_port
 from support.bus_harness import PASSWORD, PATIENCE, AmqpHarness, definitions
 
 from deskfleet.runtime.amqp_wire import BadBrokerUrl

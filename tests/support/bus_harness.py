@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from support.broker import PrivateBroker, permission, user
+from demo.broker import PrivateBroker, permission, user
 
 from deskfleet.runtime.amqp import AmqpBus
 from deskfleet.runtime.bus import Bus

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from support.broker import free_port
+from demo.broker import free_port
 
 from deskfleet.agent.accel import choose
 from deskfleet.agent.processes import Spawn, spawn

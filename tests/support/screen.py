@@ -7,7 +7,6 @@ import io
 from typing import TypeAlias
 
 from PIL import Image
-
 from support.qmp import Qmp
 
 Box: TypeAlias = tuple[int, int, int, int]

@@ -1,0 +1,361 @@
+"""Real images, built by the real command and started in qemu without KVM: tiny guest, and Linux desktop (slow)."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import socket
+import struct
+import subprocess
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from support import screen
+from support.qmp import Qmp, running, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+SID = "0f3a9c21-77e4-4b1d-9c55-2f6f0a1b7c3d"
+SLOW = 900.0
+"""Seconds for a Linux boot by emulation on a busy machine."""
+
+PC = ("-machine", "pc-i440fx-7.2")
+Q35 = ("-machine", "pc-q35-7.2")
+
+
+def build(name: str, out: Path) -> dict[str, Any]:
+    """Run deploy/build-machine and return the catalogue entry."""
+    argv = ["bash", str(ROOT / "deploy/build-machine"), name, "--out", str(out)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    entry: dict[str, Any] = tomllib.loads((out / "catalogue" / f"{name}.toml").read_text())
+    return entry
+
+
+def overlay(image: Path, kind: str, folder: Path, size: str) -> Path:
+    """A guest's own disk on top of an image, as a host makes it."""
+    path = folder / "disk.qcow2"
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(image), "-F", kind, str(path), size]
+    subprocess.run(argv, check=True)
+    return path
+
+
+# ---- The tiny guest
+
+
+@pytest.fixture(scope="module")
+def iso(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The image of the tiny guest, freshly built."""
+    out = tmp_path_factory.mktemp("tiny")
+    entry = build("tiny", out)
+    image = out / "images" / str(entry["image"]["file"])
+    assert hashlib.sha256(image.read_bytes()).hexdigest() == entry["image"]["sha256"]
+    return image
+
+
+@contextmanager
+def tiny(
+    folder: Path, iso: Path, machine: tuple[str, ...] = Q35, *more: str, video: str = "VGA", sid: str | None = SID
+) -> Iterator[tuple[subprocess.Popen[bytes], Qmp]]:
+    """A running tiny guest, started as a host starts it; by default from its CD."""
+    cd = ("-drive", f"file={iso},if=none,id=cd,format=raw,readonly=on", "-device", "ide-cd,drive=cd")
+    argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", *machine, "-accel", "tcg", "-m", "64"]
+    argv += ["-display", "none", "-vnc", f"unix:{folder}/vnc.sock", "-device", video]
+    argv += ["-fw_cfg", f"name=opt/deskfleet/sid,string={sid}"] if sid else []
+    with running([*argv, *(more or cd)], folder) as both:
+        yield both
+
+
+def is_up(image: Image.Image) -> bool:
+    """Whether the tiny guest has painted its desktop: the caret's line and the clock's digits are there."""
+    return image.size == screen.TINY_SIZE and screen.colours(image, screen.TINY_CLOCK) > 2
+
+
+def up(qmp: Qmp, sid: str = SID) -> Image.Image:
+    """Wait until the guest shows this session's identity; its screen then."""
+
+    def look() -> Image.Image | None:
+        image = screen.look(qmp)
+        return image if is_up(image) and screen.read_identity(image) == screen.identity(sid) else None
+
+    return wait_for(look, "the guest's identity on its screen")
+
+
+def shows(qmp: Qmp, x: int, y: int, colour: tuple[int, int, int]) -> bool:
+    return screen.look(qmp).getpixel((x, y)) == colour
+
+
+def ended(process: subprocess.Popen[bytes], qmp: Qmp) -> bool:
+    """Wait until qemu has ended, and whether the guest itself powered off."""
+    event = qmp.wait_event("SHUTDOWN")
+    assert process.wait(120) == 0
+    return bool(event["data"]["guest"] and event["data"]["reason"] == "guest-shutdown")
+
+
+INPUT_DEVICES = {
+    "none": (),
+    "usb": ("-device", "qemu-xhci", "-device", "usb-tablet", "-device", "usb-kbd"),
+    "virtio": ("-device", "virtio-tablet-pci", "-device", "virtio-keyboard-pci"),
+}
+
+
+@pytest.mark.parametrize("devices", INPUT_DEVICES)
+@pytest.mark.parametrize("machine", [PC, Q35], ids=["pc", "q35"])
+def test_it_shows_itself_and_reacts(iso: Path, tmp_path: Path, machine: tuple[str, ...], devices: str) -> None:
+    """Picture, identity, typing, pointing, an orderly end by the power button; whatever other input devices there are."""
+    cd = ("-drive", f"file={iso},if=none,id=cd,format=raw,readonly=on", "-device", "ide-cd,drive=cd")
+    with tiny(tmp_path, iso, machine, *cd, *INPUT_DEVICES[devices]) as (process, qmp):
+        before = up(qmp)
+        empty = screen.region_hash(before, screen.TINY_TEXT)
+        assert screen.colours(before) > 100
+        qmp.type("Hi!")
+        wait_for(lambda: screen.region_hash(screen.look(qmp), screen.TINY_TEXT) != empty, "the typed text")
+        for _ in "Hi!":
+            qmp.press("backspace")
+        wait_for(lambda: screen.region_hash(screen.look(qmp), screen.TINY_TEXT) == empty, "the text to go")
+        x, y = screen.TINY_FREE[0] + 20, screen.TINY_FREE[1] + 50
+        qmp.click(x, y, screen.TINY_SIZE)
+        wait_for(lambda: shows(qmp, x - 3, y, screen.TINY_CLICK), "the dot of the click")
+        qmp.execute("system_powerdown")
+        assert ended(process, qmp)
+
+
+@pytest.mark.parametrize("video", ["VGA", "virtio-vga", "qxl-vga"])
+def test_it_runs_on_every_display_adapter(iso: Path, tmp_path: Path, video: str) -> None:
+    with tiny(tmp_path, iso, video=video) as (_, qmp):
+        up(qmp)
+
+
+def test_it_starts_from_a_disk_too(iso: Path, tmp_path: Path) -> None:
+    disk = overlay(iso, "raw", tmp_path, "1G")
+    with tiny(tmp_path, iso, PC, "-drive", f"file={disk},if=virtio,format=qcow2") as (_, qmp):
+        up(qmp)
+
+
+def test_its_clock_goes_on(iso: Path, tmp_path: Path) -> None:
+    with tiny(tmp_path, iso) as (_, qmp):
+        seen = {screen.region_hash(up(qmp), screen.TINY_CLOCK)}
+
+        def three_times() -> bool:
+            seen.add(screen.region_hash(screen.look(qmp), screen.TINY_CLOCK))
+            return len(seen) >= 3
+
+        wait_for(three_times, "two more seconds on the guest's clock")
+
+
+def test_its_own_button_powers_it_off(iso: Path, tmp_path: Path) -> None:
+    with tiny(tmp_path, iso, PC) as (process, qmp):
+        up(qmp)
+        qmp.click(*screen.TINY_POWER_OFF, screen.TINY_SIZE)
+        assert ended(process, qmp)
+
+
+def test_control_alt_delete_restarts_it(iso: Path, tmp_path: Path) -> None:
+    with tiny(tmp_path, iso) as (process, qmp):
+        empty = screen.region_hash(up(qmp), screen.TINY_TEXT)
+        qmp.type("gone soon")
+        wait_for(lambda: screen.region_hash(screen.look(qmp), screen.TINY_TEXT) != empty, "the typed text")
+        qmp.press("ctrl", "alt", "delete")
+        assert qmp.wait_event("RESET")["data"]["guest"]
+        wait_for(lambda: screen.region_hash(up(qmp), screen.TINY_TEXT) == empty, "an empty text again")
+        assert process.poll() is None
+
+
+def test_without_an_id_it_says_so(iso: Path, tmp_path: Path) -> None:
+    with tiny(tmp_path, iso, sid=None) as (_, qmp):
+        wait_for(lambda: is_up(screen.look(qmp)), "the guest's desktop")
+        assert screen.read_identity(screen.look(qmp)) is None
+
+
+def test_a_resumed_guest_takes_its_new_id(iso: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with tiny(tmp_path, iso, sid="first-id") as (_, qmp):
+        up(qmp, "first-id")
+        qmp.execute("migrate", uri=f"exec:cat >{state}")
+        wait_for(lambda: qmp.execute("query-migrate").get("status") == "completed", "the saved state")
+    incoming = ("-incoming", f"exec:cat {state}")
+    cd = ("-drive", f"file={iso},if=none,id=cd,format=raw,readonly=on", "-device", "ide-cd,drive=cd")
+    with tiny(tmp_path, iso, Q35, *cd, *incoming, sid="second-id") as (_, qmp):
+        up(qmp, "second-id")
+
+
+def test_a_scaled_picture_tells_the_identity(iso: Path, tmp_path: Path) -> None:
+    with tiny(tmp_path, iso) as (_, qmp):
+        image = up(qmp)
+    for size in ((1200, 900), (1003, 752), (800, 600)):
+        assert screen.read_identity(image.resize(size)) == screen.identity(SID)
+
+
+class Viewer:
+    """As much of a VNC client (RFC 6143) as these tests need."""
+
+    EXTENDED_DESKTOP_SIZE = -308
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(SLOW)
+        self._socket.connect(str(path))
+        assert self._read(12) == b"RFB 003.008\n"
+        self._socket.sendall(b"RFB 003.008\n")
+        assert 1 in self._read(self._read(1)[0])
+        self._socket.sendall(b"\x01")
+        assert self._read(4) == bytes(4)
+        self._socket.sendall(b"\x01")
+        self.size = struct.unpack(">HH16xI", self._read(24))
+        self._read(self.size[2])
+        # SetEncodings: qemu looks only now whether the guest's pointer is absolute.
+        self._socket.sendall(struct.pack(">BxHii", 2, 2, 0, self.EXTENDED_DESKTOP_SIZE))
+
+    def _read(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            part = self._socket.recv(count - len(data))
+            assert part, "qemu closed the connection"
+            data += part
+        return data
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def click(self, x: int, y: int) -> None:
+        for buttons in (0, 1, 0):
+            self._socket.sendall(struct.pack(">BBHH", 5, buttons, x, y))
+            time.sleep(0.1)
+
+    def type(self, text: str) -> None:
+        for character in text:
+            for down in (1, 0):
+                self._socket.sendall(struct.pack(">BBxxI", 4, down, ord(character)))
+
+    def resize(self, width: int, height: int) -> None:
+        """SetDesktopSize with one screen."""
+        screens = struct.pack(">IHHHHI", 0, 0, 0, width, height, 0)
+        self._socket.sendall(struct.pack(">BxHHBx", 251, width, height, 1) + screens)
+
+    def cut(self, text: str) -> None:
+        self._socket.sendall(struct.pack(">BxxxI", 6, len(text)) + text.encode("latin-1"))
+
+
+def test_a_vnc_client_types_and_clicks(iso: Path, tmp_path: Path) -> None:
+    """The way of a browser: absolute pointer and keys through qemu's VNC server."""
+    with tiny(tmp_path, iso) as (_, qmp):
+        empty = screen.region_hash(up(qmp), screen.TINY_TEXT)
+        viewer = Viewer(tmp_path / "vnc.sock")
+        assert viewer.size[:2] == screen.TINY_SIZE
+        viewer.type("typed")
+        wait_for(lambda: screen.region_hash(screen.look(qmp), screen.TINY_TEXT) != empty, "the typed text")
+        viewer.click(30, 250)
+        wait_for(lambda: shows(qmp, 27, 250, screen.TINY_CLICK), "the dot of the click")
+        viewer.close()
+
+
+# ---- The Linux desktop
+
+
+class GuestAgent:
+    """The client's side of qemu-guest-agent."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(SLOW)
+        self._socket.connect(str(path))
+        self._file = self._socket.makefile("rwb")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        message = {"execute": command, "arguments": {k.replace("_", "-"): v for k, v in arguments.items()}}
+        self._file.write(json.dumps(message).encode() + b"\n")
+        self._file.flush()
+        answer = json.loads(self._file.readline())
+        assert "return" in answer, answer
+        return answer["return"]
+
+    def shell(self, script: str) -> str:
+        """What a shell script prints, run by root in the guest."""
+        pid = self.execute("guest-exec", path="/bin/sh", arg=["-c", script], capture_output=True)["pid"]
+
+        def done() -> dict[str, Any] | None:
+            status: dict[str, Any] = self.execute("guest-exec-status", pid=pid)
+            return status if status["exited"] else None
+
+        return base64.b64decode(wait_for(done, script, SLOW, 0.3).get("out-data", "")).decode()
+
+
+AMBER = (255, 183, 3)
+PANEL = (24, 36, 47)
+
+
+def terminal(image: Image.Image) -> screen.Box | None:
+    """Where the terminal is, by its amber title bar, when the panel is there as well."""
+    if image.height < 400 or image.getpixel((image.width // 2, image.height - 3)) != PANEL:
+        return None
+    title = image.crop((0, 0, image.width, image.height - 40)).split()
+    red, _, blue = (channel.point(list(range(256))) for channel in title)
+    mask = Image.composite(
+        red.point([255 if value == AMBER[0] else 0 for value in range(256)]),
+        Image.new("L", red.size),
+        blue.point([255 if value == AMBER[2] else 0 for value in range(256)]),
+    )
+    box = mask.getbbox()
+    return (box[0], box[3], box[2], box[3] + 300) if box and box[2] - box[0] > 300 else None
+
+
+@pytest.mark.slow_image
+def test_the_desktop(tmp_path: Path) -> None:
+    """Built, started, used by keyboard, agent, clipboard and window size, and ended by the power button."""
+    entry = build("desktop", tmp_path)
+    image = tmp_path / "images" / entry["image"]["file"]
+    disk = overlay(image, entry["image"]["format"], tmp_path, "3G")
+    argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", *PC, "-accel", "tcg,thread=multi", "-cpu", "max"]
+    argv += ["-smp", "2", "-m", "1024", "-display", "none", "-vnc", f"unix:{tmp_path}/vnc.sock"]
+    argv += ["-drive", f"file={disk},if=virtio,format=qcow2", "-device", "virtio-vga"]
+    argv += ["-device", "virtio-tablet-pci", "-device", "virtio-keyboard-pci", "-device", "virtio-serial-pci"]
+    argv += ["-chardev", f"socket,id=agent,path={tmp_path}/agent.sock,server=on,wait=off"]
+    argv += ["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]
+    argv += ["-chardev", "qemu-vdagent,id=vdagent,name=vdagent,clipboard=on,mouse=off"]
+    argv += ["-device", "virtserialport,chardev=vdagent,name=com.redhat.spice.0"]
+    argv += ["-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net"]
+    argv += ["-fw_cfg", "name=opt/deskfleet/hostname,string=desk-7"]
+    with running(argv, tmp_path) as (process, qmp):
+        agent = GuestAgent(tmp_path / "agent.sock")
+
+        def settled() -> screen.Box | None:
+            """The terminal, once its prompt (light ink on dark) stands still."""
+            now = screen.look(qmp)
+            where = terminal(now)
+            if where is None or screen.colours(now, where) < 20:
+                return None
+            time.sleep(2)
+            return where if screen.region_hash(screen.look(qmp), where) == screen.region_hash(now, where) else None
+
+        where = wait_for(settled, "panel and terminal", SLOW, 1)
+        before = screen.region_hash(screen.look(qmp), where)
+        qmp.type("echo typed-by-a-person >proof\n")
+        wait_for(lambda: screen.region_hash(screen.look(qmp), where) != before, "the typed text", SLOW)
+
+        assert agent.execute("guest-sync", id=41) == 41
+        wait_for(lambda: agent.shell("cat /home/user/proof") == "typed-by-a-person\n", "the typed command", SLOW, 1)
+        assert agent.shell("hostname").strip() == "desk-7"
+        assert agent.shell("systemctl --failed --plain --no-legend") == ""
+        assert agent.shell("awk -F: '$2 !~ /^[!*]/ { print $1 }' /etc/shadow") == "", "an account has a password"
+        assert len(agent.shell("cat /etc/machine-id").strip()) == 32
+        wait_for(lambda: int(agent.shell("df --output=size -m / | tail -1")) > 2500, "the disk to grow", SLOW, 2)
+        wait_for(lambda: "10.0.2.15" in agent.shell("ip -4 -br address"), "an address by DHCP", SLOW, 2)
+
+        viewer = Viewer(tmp_path / "vnc.sock")
+        viewer.cut("from the browser")
+        paste = "runuser -u user -- env DISPLAY=:0 timeout 20 xclip -o -selection clipboard"
+        wait_for(lambda: agent.shell(paste) == "from the browser", "the clipboard", SLOW, 1)
+        viewer.resize(1100, 640)
+        current = "runuser -u user -- env DISPLAY=:0 xrandr --current"
+        wait_for(lambda: "current 1100 x 640" in agent.shell(current), "the new size", SLOW, 1)
+        viewer.close()
+
+        qmp.execute("system_powerdown")
+        assert qmp.wait_event("SHUTDOWN")["data"]["reason"] == "guest-shutdown"
+        assert process.wait(SLOW) == 0
