@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageChops
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import Page, sync_playwright
 
 from demo.fleet import Fleet
@@ -89,7 +90,7 @@ def smoke(fleet: Fleet, screenshot: Path, say: Callable[[str], None]) -> int:
             page.click("button[name=confirm-stop]")
             page.wait_for_selector("[data-session-state=ended]", timeout=PATIENCE_MS)
             say("stopped")
-        except Exception as error:
+        except (AssertionError, PlaywrightError) as error:
             page.screenshot(path=str(screenshot.with_suffix(".failed.png")))
             say(f"smoke test failed: {error}\n(what the browser showed: {screenshot.with_suffix('.failed.png')})")
             return 1
