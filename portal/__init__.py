@@ -1,0 +1,1 @@
+"""The web portal, its HTTP API and the operator's command."""

@@ -10,12 +10,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from deskfleet.proxy.handshake import MAX_HEAD, HostAnswer, HostHandshake
+from deskfleet.proxy.handshake import HostAnswer, HostHandshake
 from deskfleet.proxy.refusals import Refusal, Refused
 from deskfleet.proxy.routes import Route
+from deskfleet.proxy.tls import ROOM, TlsSocket
 from deskfleet.proxy.tunnel import tune
 
 _T = TypeVar("_T")
+Leg = socket.socket | TlsSocket
+
+#: Shared: what is read is copied out before anything else runs.
+_buffer = memoryview(bytearray(ROOM))
 
 
 def client_context(ca: str, cert: str, key: str) -> ssl.SSLContext:
@@ -42,19 +47,20 @@ class Dialler:
         self._plain_anywhere = plain_anywhere
         self._limit_s = limit_s
 
-    async def open(self, route: Route, handshake: HostHandshake) -> tuple[socket.socket, HostAnswer]:
+    async def open(self, route: Route, handshake: HostHandshake) -> tuple[Leg, HostAnswer]:
         """A non-blocking socket on which the host has agreed to the WebSocket.
 
         Raises:
             Refusal: it could not be reached, is not who it should be, did not agree, or took too long.
         """
         loop = asyncio.get_running_loop()
-        sock: socket.socket | None = None
+        sock: Leg | None = None
         try:
             async with asyncio.timeout(self._limit_s):
                 sock = await self._connect(loop, route)
                 if self._tls:
-                    sock = await _secure(loop, sock, self._tls, route.host)
+                    sock = secured = TlsSocket(sock, self._tls, route.host)
+                    await _attempt(loop, sock, secured.do_handshake)
             async with asyncio.timeout(self._limit_s):
                 return sock, await _shake(loop, sock, handshake)
         except BaseException as error:
@@ -94,53 +100,33 @@ async def _resolve(loop: asyncio.AbstractEventLoop, name: str, port: int) -> lis
         return await loop.getaddrinfo(name, port, type=socket.SOCK_STREAM)
 
 
-async def _secure(
-    loop: asyncio.AbstractEventLoop, plain: socket.socket, context: ssl.SSLContext, name: str
-) -> ssl.SSLSocket:
-    try:
-        sock = context.wrap_socket(plain, server_hostname=name, do_handshake_on_connect=False)
-    except BaseException:
-        plain.close()
-        raise
-    try:
-        await _attempt(loop, sock, sock.do_handshake)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-async def _shake(loop: asyncio.AbstractEventLoop, sock: socket.socket, handshake: HostHandshake) -> HostAnswer:
+async def _shake(loop: asyncio.AbstractEventLoop, sock: Leg, handshake: HostHandshake) -> HostAnswer:
     data = handshake.request
     while data:
-        data = data[await _attempt(loop, sock, partial(sock.send, data), waits_to_write=True) :]
+        data = data[await _attempt(loop, sock, partial(sock.send, data)) :]
     while True:
-        answer = handshake.feed(await _attempt(loop, sock, partial(sock.recv, MAX_HEAD)))
+        count = await _attempt(loop, sock, partial(sock.recv_into, _buffer))
+        answer = handshake.feed(bytes(_buffer[:count]))
         if answer:
             return answer
 
 
-async def _attempt(
-    loop: asyncio.AbstractEventLoop, sock: socket.socket, operation: Callable[[], _T], waits_to_write: bool = False
-) -> _T:
-    """Repeat a non-blocking operation until it succeeds; asyncio's own sock_* calls refuse SSL sockets."""
+async def _attempt(loop: asyncio.AbstractEventLoop, sock: Leg, operation: Callable[[], _T]) -> _T:
+    """Repeat a non-blocking operation until it succeeds; asyncio's own sock_* calls take plain sockets only.
+
+    Only reading is waited for: a request of some hundred bytes always fits into the kernel's buffer of a new
+    connection, and when it should not, the time limit ends it.
+    """
     while True:
         try:
             return operation()
-        except ssl.SSLWantReadError:
-            write = False
-        except ssl.SSLWantWriteError:
-            write = True
         except BlockingIOError:
-            write = waits_to_write
-        ready = loop.create_future()
-        fd = sock.fileno()
-        watch, unwatch = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-        watch(fd, _done, ready)
-        try:
-            await ready
-        finally:
-            unwatch(fd)
+            ready = loop.create_future()
+            loop.add_reader(sock.fileno(), _done, ready)
+            try:
+                await ready
+            finally:
+                loop.remove_reader(sock.fileno())
 
 
 def _done(ready: asyncio.Future[None]) -> None:

@@ -13,16 +13,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import ssl
 import struct
 from collections.abc import Callable
 from typing import Literal
 
 from deskfleet.proxy.routes import Route
+from deskfleet.proxy.tls import TlsSocket
 
 BUFFER = 256 * 1024
-#: The most that one TLS record holds (RFC 8446 section 5.1).
-RECORD = 16 * 1024
 #: A peer that takes no byte and answers no probe for so long is gone (ms, TCP_USER_TIMEOUT of tcp(7)).
 USER_TIMEOUT_MS = 60_000
 _ABORT = struct.pack("ii", 1, 0)  # struct linger: on, 0 s
@@ -50,19 +48,16 @@ class _Leg:
     receive: Callable[[memoryview], int]
     send: Callable[[bytes | memoryview], int]
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket | TlsSocket) -> None:
         self.loop, self.sock, self.fd = loop, sock, sock.fileno()
+        self.receive, self.send = sock.recv_into, sock.send
         self.reading = self.writing = False
-        self._bind()
 
-    def _bind(self) -> None:
-        self.receive, self.send = self.sock.recv_into, self.sock.send
+    def writes(self) -> bool:
+        return self.outbound.rest is not None
 
-    def wanted(self) -> tuple[bool, bool]:
-        return self.inbound.reads, self.outbound.rest is not None
-
-    def buffered(self) -> bool:
-        """Whether there is something to read that the kernel does not know of."""
+    def ended(self) -> bool:
+        """Whether the end is known here before the kernel tells."""
         return False
 
     def readable(self) -> None:
@@ -75,7 +70,7 @@ class _Leg:
         """Bring what the loop watches into line with what the two pumps wait for."""
         if self.fd < 0:
             return
-        read, write = self.wanted()
+        read, write = self.inbound.reads(), self.writes()
         if read is not self.reading:
             self.reading = read
             if read:
@@ -90,10 +85,7 @@ class _Leg:
                 self.loop.remove_writer(self.fd)
 
     def end_writing(self) -> None:
-        """Half close. Of a TLS leg too only TCP's half: OpenSSL can't send close_notify and read on, and the frames
-        inside have an end of their own, so a cut off stream is noticed."""
-        with contextlib.suppress(OSError):  # already gone; the next read says so
-            socket.socket.shutdown(self.sock, socket.SHUT_WR)
+        self.sock.shutdown(socket.SHUT_WR)  # type: ignore[union-attr]  # of this class it is a plain socket
 
     def close(self, abort: bool) -> None:
         self.loop.remove_reader(self.fd)
@@ -105,64 +97,38 @@ class _Leg:
 
 
 class _TlsLeg(_Leg):
-    """A leg whose socket is an `SSLSocket`: a read may wait for writability and the other way round."""
+    """A leg with TLS: it may have encrypted bytes to send although its pump has none."""
 
-    __slots__ = ("ended", "read_wants_write", "write_wants_read")
-    sock: ssl.SSLSocket
+    __slots__ = ()
+    sock: TlsSocket
 
-    def _bind(self) -> None:
-        self.ended = self.read_wants_write = self.write_wants_read = False
-        self.receive, self.send = self._receive, self._send
+    def __init__(self, loop: asyncio.AbstractEventLoop, sock: TlsSocket) -> None:
+        super().__init__(loop, sock)
+        self.send = self._send
 
-    def wanted(self) -> tuple[bool, bool]:
-        read, write = super().wanted()
-        return read or self.write_wants_read, write or self.read_wants_write
+    def _send(self, data: bytes | memoryview) -> int:
+        taken = self.sock.send(data)
+        if self.sock.unsent:
+            self.watch()
+        return taken
 
-    def buffered(self) -> bool:
-        return self.ended or self.sock.pending() > 0
+    def writes(self) -> bool:
+        return self.sock.unsent or super().writes()
+
+    def ended(self) -> bool:
+        return self.sock.ended
 
     def readable(self) -> None:
-        if self.write_wants_read:
-            self.outbound.flush()
-        if self.inbound.reads:
-            self.inbound.step()
+        self.inbound.step()
         self.watch()
 
     def writable(self) -> None:
-        if self.outbound.rest is not None:
-            self.outbound.flush()
-        if self.read_wants_write and self.inbound.reads:
-            self.inbound.step()
+        self.outbound.flush()
         self.watch()
 
-    def _receive(self, buffer: memoryview) -> int:
-        """Fill the buffer record by record, so that the browser's leg sees few large sends."""
-        self.read_wants_write = False
-        count = 0
-        while not self.ended and count <= len(buffer) - RECORD:
-            try:
-                got = self.sock.recv_into(buffer[count:])
-            except ssl.SSLWantReadError:
-                break
-            except ssl.SSLWantWriteError:
-                self.read_wants_write = True
-                break
-            self.ended = not got
-            count += got
-        if not count and not self.ended:
-            raise BlockingIOError
-        return count
-
-    def _send(self, data: bytes | memoryview) -> int:
-        """All or nothing: after a refusal OpenSSL wants to see the same bytes again (SSL_write(3))."""
-        self.write_wants_read = False
-        try:
-            return self.sock.send(data)
-        except ssl.SSLWantReadError:
-            self.write_wants_read = True
-        except ssl.SSLWantWriteError:
-            pass
-        raise BlockingIOError
+    def end_writing(self) -> None:
+        self.sock.end_writing()
+        self.watch()
 
 
 class _Pump:
@@ -176,7 +142,6 @@ class _Pump:
         self.over = False
         self.rest: bytes | None = None
 
-    @property
     def reads(self) -> bool:
         return self.rest is None and not self.over
 
@@ -207,7 +172,7 @@ class _Pump:
                 self.src.watch()
                 self.dst.watch()
                 return
-            if not self.src.buffered():
+            if not self.src.ended():
                 return
 
     def flush(self) -> None:
@@ -224,13 +189,14 @@ class _Pump:
         if self.rest is None:
             self.dst.watch()
             self.src.watch()
-            if self.src.buffered():
+            if self.src.ended():
                 self.step()
 
     def _finish(self) -> None:
         self.over = True
         self.src.watch()
-        self.dst.end_writing()
+        with contextlib.suppress(OSError):  # already gone; the next read says so
+            self.dst.end_writing()
         self.tunnel.half_closed()
 
 
@@ -244,7 +210,7 @@ class Tunnel:
         relay: Relay,
         route: Route,
         client: socket.socket,
-        host: socket.socket,
+        host: socket.socket | TlsSocket,
         on_close: Callable[[Tunnel], None],
     ) -> None:
         self.relay, self.route, self.on_close = relay, route, on_close
@@ -252,7 +218,7 @@ class Tunnel:
         self.ending: Ending | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._client = _Leg(relay.loop, client)
-        self._host = (_TlsLeg if isinstance(host, ssl.SSLSocket) else _Leg)(relay.loop, host)
+        self._host = _TlsLeg(relay.loop, host) if isinstance(host, TlsSocket) else _Leg(relay.loop, host)
         self._up = _Pump(self, self._client, self._host)
         self._down = _Pump(self, self._host, self._client)
         self._client.inbound = self._host.outbound = self._up

@@ -1,0 +1,223 @@
+"""What a person sees of a desktop: the stored request and the ledger's session, put together.
+
+The ledger has the last word. A request that it does not know is shown as what it is, a promise on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from sqlalchemy.exc import DBAPIError
+
+from deskfleet.ledger.reader import Reader, SessionEvent
+from deskfleet.portal import words
+from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.outbox import Outbox, Request, Stage
+from deskfleet.runtime.service import Clock
+from deskfleet.schemas.errors import SENTENCES
+from deskfleet.schemas.machine import Machine
+from deskfleet.schemas.messages import LaunchRequested
+from deskfleet.schemas.session import Outcome, Resources, Session, State
+
+#: States in which waiting makes sense: the page keeps asking.
+WAITING = frozenset({"saved", "sent", "queued", "assigned", "starting"})
+_SENDING = "Saved, and being sent."
+_QUEUE_AWAY = "Saved. The queue can't be reached right now; your request is sent as soon as it answers."
+# A broker that works confirms within this time.
+_PROMPT_S = 1.5
+_NOT_TAKEN_UP = "The request could not be handed over in time, so nothing was started. Start it again."
+
+
+@dataclass(frozen=True, slots=True)
+class Desktop:
+    """One desktop as its page, its list and the HTTP API show it.
+
+    `state` is a session's state, or "saved" / "sent" while the scheduler is not known to have the request. `sentence`
+    says it in words. `unsure` means that the ledger can't be read, so this is what was true last.
+    """
+
+    sid: str
+    user: str
+    machine: str
+    title: str
+    resources: Resources
+    persistent: bool
+    lifetime_s: int
+    state: str
+    sentence: str
+    created_at: float
+    changed_at: float
+    host: str = ""
+    generation: int = 0
+    outcome: str = ""
+    reason: str = ""
+    time_left_s: float | None = None
+    stop_asked: bool = False
+    unsure: bool = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is on its way to run."""
+        return self.state in WAITING
+
+    @property
+    def running(self) -> bool:
+        """Whether its screen can be opened."""
+        return self.state == State.RUNNING
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more can happen to it."""
+        return self.state == State.ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class Story:
+    """A desktop with how it got where it is: its place among those that wait (1 = next), why no host took it at the
+    last try, and its steps."""
+
+    desktop: Desktop
+    place: int | None
+    verdicts: tuple[tuple[str, str, str], ...]
+    steps: tuple[SessionEvent, ...]
+
+
+class Desktops:
+    """Finds desktops."""
+
+    def __init__(
+        self, outbox: Outbox, reader: Reader, machines: Callable[[], Mapping[str, Machine]], clock: Clock
+    ) -> None:
+        self._outbox = outbox
+        self._reader = reader
+        self._machines = machines
+        self._clock = clock
+
+    def find(self, sid: str) -> Desktop | None:
+        """One desktop. Raises Problem when the ledger can't be read and this portal has no request of that id."""
+        try:
+            session = self._reader.session(sid)
+        except DBAPIError:
+            request = self._outbox.find(sid)
+            if request is None:
+                raise Problem(Refused.RECORDS_AWAY) from None
+            return replace(self._from_request(request), unsure=True)
+        if session is not None:
+            return self._from_session(session, sid in self._outbox.stopping([sid]))
+        request = self._outbox.find(sid)
+        return self._from_request(request) if request else None
+
+    def story(self, desktop: Desktop) -> Story:
+        """A desktop with its steps and reasons."""
+        try:
+            waits = desktop.state == State.QUEUED
+            verdicts = self._reader.verdicts(desktop.sid) if waits else ()
+            return Story(
+                desktop,
+                self._reader.place_in_queue(desktop.sid) if waits else None,
+                tuple((verdict.host, verdict.reason.value, verdict.sentence) for verdict in verdicts),
+                tuple(self._reader.timeline(desktop.sid)),
+            )
+        except DBAPIError:
+            return Story(replace(desktop, unsure=True), None, (), ())
+
+    def of_user(self, user: str) -> tuple[list[Desktop], bool]:
+        """A person's desktops, newest first, and whether the ledger could be read."""
+        try:
+            sessions, sure = self._reader.of_user(user), True
+        except DBAPIError:
+            sessions, sure = [], False
+        known = {session.sid for session in sessions}
+        requests = [request for request in self._outbox.launches_of(user) if request.sid not in known]
+        if sure:
+            # A request that the ledger took up long ago and that is not among its newest is history.
+            requests = [request for request in requests if request.stage is not Stage.KNOWN]
+        stopping = self._outbox.stopping([*known])
+        found = [self._from_session(session, session.sid in stopping) for session in sessions]
+        found += [self._from_request(request) for request in requests]
+        return sorted(found, key=lambda desktop: -desktop.created_at), sure
+
+    def live(self) -> list[Desktop]:
+        """Everybody's desktops that have not ended, oldest first. Raises Problem when the ledger can't be read."""
+        try:
+            sessions = self._reader.live()
+        except DBAPIError:
+            raise Problem(Refused.RECORDS_AWAY) from None
+        stopping = self._outbox.stopping([session.sid for session in sessions])
+        return [self._from_session(session, session.sid in stopping) for session in sessions]
+
+    def _title(self, machine: str) -> str:
+        entry = self._machines().get(machine)
+        return entry.title if entry else machine or "Desktop"
+
+    def _from_session(self, session: Session, stop_asked: bool) -> Desktop:
+        left = None
+        if session.state is State.RUNNING:
+            left = max(0.0, session.changed_at + session.lifetime_s - self._clock.wall())
+        return Desktop(
+            sid=session.sid,
+            user=session.user,
+            machine=session.machine,
+            title=self._title(session.machine),
+            resources=session.resources,
+            persistent=session.persistent,
+            lifetime_s=session.lifetime_s,
+            state=session.state.value,
+            sentence=_sentence(session),
+            created_at=session.created_at,
+            changed_at=session.changed_at,
+            host=session.host,
+            generation=session.generation,
+            outcome=session.outcome.value if session.outcome else "",
+            reason=session.reason.value if session.reason else "",
+            time_left_s=left,
+            stop_asked=stop_asked,
+        )
+
+    def _from_request(self, request: Request) -> Desktop:
+        wanted = request.launch or LaunchRequested(request.sid, request.user, (), "", Resources(0, 0, 0), False, 0, 0)
+        age = self._clock.wall() - request.created_at
+        state, sentence, outcome, reason = _on_its_way(request.stage, age)
+        return Desktop(
+            sid=request.sid,
+            user=request.user,
+            machine=wanted.machine,
+            title=self._title(wanted.machine),
+            resources=wanted.resources,
+            persistent=wanted.persistent,
+            lifetime_s=wanted.lifetime_s,
+            state=state,
+            sentence=sentence,
+            created_at=request.created_at,
+            changed_at=request.deadline if request.stage is Stage.EXPIRED else request.created_at,
+            outcome=outcome,
+            reason=reason,
+        )
+
+
+def _on_its_way(stage: Stage, age_s: float) -> tuple[str, str, str, str]:
+    """State, sentence, outcome and reason of a request that the ledger does not show."""
+    if stage is Stage.STORED:
+        return "saved", _SENDING if age_s < _PROMPT_S else _QUEUE_AWAY, "", ""
+    if stage is Stage.EXPIRED:
+        return "ended", _NOT_TAKEN_UP, Outcome.NO_CAPACITY.value, "not_taken_up"
+    if stage is Stage.CANCELLED:
+        return "ended", "Stopped by its owner before it started.", Outcome.CANCELLED.value, "stopped_by_user"
+    return "sent", "Sent. It waits for the scheduler to take it up.", "", ""
+
+
+def _sentence(session: Session) -> str:
+    if session.state is State.QUEUED:
+        return "It waits for a place on a host."
+    if session.state is State.ASSIGNED:
+        return f"Host {session.host} was chosen and is told to start it."
+    if session.state is State.STARTING:
+        return f"Host {session.host} is starting it."
+    if session.state is State.RUNNING:
+        return f"It runs on host {session.host}."
+    why = SENTENCES[session.reason] if session.reason else ""
+    if session.state is State.STOPPING:
+        return f"It is being stopped. {why}".rstrip()
+    outcome = words.OUTCOMES[session.outcome] if session.outcome else "Ended"
+    return f"{outcome}. {why}".rstrip()

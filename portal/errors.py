@@ -1,0 +1,98 @@
+"""How the portal refuses: one table from reason to HTTP status and sentence, for pages and for the HTTP API."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from http import HTTPStatus
+
+from deskfleet.schemas.errors import DeskfleetError
+
+
+class Refused(StrEnum):
+    """The machine-readable half of a refusal."""
+
+    BAD_REQUEST = "bad_request"
+    BAD_FIELDS = "bad_fields"
+    STALE_FORM = "stale_form"
+    FOREIGN_PAGE = "foreign_page"
+    NOT_LOGGED_IN = "not_logged_in"
+    WRONG_PASSWORD = "wrong_password"  # noqa: S105  a reason, not a password
+    LOGIN_UNAVAILABLE = "login_unavailable"
+    SLOW_DOWN = "slow_down"
+    NOT_ALLOWED = "not_allowed"
+    NOT_FOUND = "not_found"
+    NO_SUCH_DESKTOP = "no_such_desktop"
+    NO_SUCH_HOST = "no_such_host"
+    UNKNOWN_MACHINE = "unknown_machine"
+    BAD_RESOURCES = "bad_resources"
+    SID_TAKEN = "sid_taken"
+    TOO_MANY_REQUESTS = "too_many_requests"
+    NOT_RUNNING = "not_running"
+    ENDED = "ended"
+    COOKIE_NEEDED = "cookie_needed"
+    QUEUE_AWAY = "queue_away"
+    RECORDS_AWAY = "records_away"
+    BROKEN = "broken"
+
+
+ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
+    Refused.BAD_REQUEST: (HTTPStatus.BAD_REQUEST, "The portal does not understand this request."),
+    Refused.BAD_FIELDS: (HTTPStatus.UNPROCESSABLE_ENTITY, "Something in this request is missing or not valid."),
+    Refused.STALE_FORM: (
+        HTTPStatus.BAD_REQUEST,
+        "This page was open for too long or belongs to another login. Go back, reload it and try again.",
+    ),
+    Refused.FOREIGN_PAGE: (HTTPStatus.FORBIDDEN, "Another site may not do this. Open the portal and do it there."),
+    Refused.NOT_LOGGED_IN: (HTTPStatus.UNAUTHORIZED, "Log in first."),
+    Refused.WRONG_PASSWORD: (HTTPStatus.UNAUTHORIZED, "Name or password is wrong."),
+    Refused.LOGIN_UNAVAILABLE: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "Your password can't be checked at the moment. It is not your fault; try again in a minute.",
+    ),
+    Refused.SLOW_DOWN: (HTTPStatus.TOO_MANY_REQUESTS, "Too many tries."),
+    Refused.NOT_ALLOWED: (HTTPStatus.FORBIDDEN, "Your account may not do this. Ask an administrator."),
+    Refused.NOT_FOUND: (HTTPStatus.NOT_FOUND, "There is no such page."),
+    Refused.NO_SUCH_DESKTOP: (
+        HTTPStatus.NOT_FOUND,
+        "You have no such desktop. It may be another person's; your own stand under My desktops.",
+    ),
+    Refused.NO_SUCH_HOST: (HTTPStatus.NOT_FOUND, "No host of this name has ever reported."),
+    Refused.UNKNOWN_MACHINE: (
+        HTTPStatus.NOT_FOUND,
+        "There is no such machine, or your account may not use it. Pick one from the launch page.",
+    ),
+    Refused.BAD_RESOURCES: (HTTPStatus.UNPROCESSABLE_ENTITY, "The size asked for is outside what this machine allows."),
+    Refused.SID_TAKEN: (HTTPStatus.CONFLICT, "This id is taken. Use a new one for a new desktop."),
+    Refused.TOO_MANY_REQUESTS: (
+        HTTPStatus.TOO_MANY_REQUESTS,
+        "You have too many requests that have not been taken up yet. Wait for them, or stop some.",
+    ),
+    Refused.NOT_RUNNING: (HTTPStatus.CONFLICT, "The desktop is not running yet."),
+    Refused.ENDED: (HTTPStatus.CONFLICT, "The desktop has ended."),
+    Refused.COOKIE_NEEDED: (HTTPStatus.FORBIDDEN, "A token can't make or remove tokens. Log in with your password."),
+    Refused.QUEUE_AWAY: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "The message queue can't be reached, so nothing was changed. Try again in a moment.",
+    ),
+    Refused.RECORDS_AWAY: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "The records can't be read at the moment. Desktops that run keep running; try again in a moment.",
+    ),
+    Refused.BROKEN: (
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        "Something went wrong in the portal. Try again; if it persists, tell an administrator the reference below.",
+    ),
+}
+
+
+class Problem(DeskfleetError):
+    """Raised when a request is refused; `message` replaces the reason's own sentence, `details` go below it."""
+
+    def __init__(self, reason: Refused, message: str = "", details: Sequence[str] = (), wait_s: int = 0) -> None:
+        self.reason = reason
+        self.status, sentence = ANSWERS[reason]
+        self.message = message or sentence
+        self.details = tuple(details)
+        self.wait_s = wait_s
+        super().__init__(f"{reason}: {self.message}")

@@ -1,0 +1,113 @@
+"""Logins that the server remembers, so that logging out ends them, and personal access tokens for programs."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import RowMapping, Table, delete, insert, select
+
+from deskfleet.portal import tables
+from deskfleet.portal.auth import Identity
+from deskfleet.portal.store import Store, digest
+from deskfleet.runtime.service import Clock
+
+#: So that people and scanners for leaked secrets see what it is.
+TOKEN_PREFIX = "dft_"  # noqa: S105
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """A personal access token as its owner sees it later; the token itself is shown once."""
+
+    name: str
+    user: str
+    label: str
+    created_at: float
+    expires_at: float
+
+
+def _columns(identity: Identity, now: float, lifetime_s: float) -> dict[str, Any]:
+    return {
+        "user": identity.user,
+        "method": identity.method,
+        "groups": json.dumps(identity.groups),
+        "created_at": now,
+        "expires_at": now + lifetime_s,
+    }
+
+
+def _identity(row: RowMapping) -> Identity:
+    return Identity(row["user"], row["method"], tuple(json.loads(row["groups"])))
+
+
+class Logins:
+    """Who is logged in, and by which tokens programs may act for whom. Secrets are kept as hashes only."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self._store = store
+        self._clock = clock
+
+    def open(self, identity: Identity, lifetime_s: float) -> str:
+        """Remember a login; returns the secret that goes into the cookie."""
+        secret = secrets.token_urlsafe(32)
+        row = _columns(identity, self._clock.wall(), lifetime_s)
+        with self._store.writing() as connection:
+            connection.execute(insert(tables.login).values(digest=digest(secret), **row))
+        return secret
+
+    def find(self, secret: str) -> Identity | None:
+        """Whose login this is, as it was when it began; None when it has ended."""
+        return self._look_up(tables.login, secret)
+
+    def close(self, secret: str) -> None:
+        """End a login."""
+        with self._store.writing() as connection:
+            connection.execute(delete(tables.login).where(tables.login.c.digest == digest(secret)))
+
+    def make_token(self, identity: Identity, label: str, lifetime_s: float) -> tuple[str, TokenInfo]:
+        """A new personal access token: the secret, to be shown once, and what is kept about it."""
+        secret = TOKEN_PREFIX + secrets.token_urlsafe(32)
+        row = _columns(identity, self._clock.wall(), lifetime_s)
+        name = secrets.token_hex(4)
+        with self._store.writing() as connection:
+            connection.execute(insert(tables.token).values(digest=digest(secret), name=name, label=label, **row))
+        return secret, TokenInfo(name, identity.user, label, row["created_at"], row["expires_at"])
+
+    def find_token(self, secret: str) -> Identity | None:
+        """Whose token this is; None when there is no such token any more."""
+        return self._look_up(tables.token, secret)
+
+    def tokens_of(self, user: str) -> list[TokenInfo]:
+        """A person's tokens, oldest first."""
+        query = select(tables.token).where(tables.token.c.user == user).order_by(tables.token.c.created_at)
+        with self._store.reading() as connection:
+            return [
+                TokenInfo(row["name"], row["user"], row["label"], row["created_at"], row["expires_at"])
+                for row in connection.execute(query).mappings()
+            ]
+
+    def drop_token(self, user: str, name: str) -> bool:
+        """Remove a person's token; False when there is none of that name."""
+        query = delete(tables.token).where(tables.token.c.user == user, tables.token.c.name == name)
+        with self._store.writing() as connection:
+            return connection.execute(query).rowcount == 1
+
+    def prune(self) -> None:
+        """Forget what has expired."""
+        now = self._clock.wall()
+        with self._store.writing() as connection:
+            for table in (tables.login, tables.token):
+                connection.execute(delete(table).where(table.c.expires_at < now))
+
+    def _look_up(self, table: Table, secret: str) -> Identity | None:
+        now = self._clock.wall()
+        # A row from the future is one that a clock set back would revive.
+        query = select(table).where(
+            table.c.digest == digest(secret), table.c.expires_at > now, table.c.created_at <= now + 60
+        )
+        with self._store.reading() as connection:
+            row = connection.execute(query).mappings().first()
+        return _identity(row) if row else None

@@ -1,0 +1,155 @@
+"""Everything that a page or an API call may use, made once for each process."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from flask import current_app
+from prometheus_client import Counter
+from sqlalchemy import Engine
+from sqlalchemy.exc import DBAPIError
+
+from deskfleet.ledger.reader import Reader
+from deskfleet.portal.accounts import Accounts
+from deskfleet.portal.audit import Audit
+from deskfleet.portal.auth import Chain, Method
+from deskfleet.portal.desktops import Desktops
+from deskfleet.portal.fleet import Fleet
+from deskfleet.portal.launching import Seals
+from deskfleet.portal.logins import Logins
+from deskfleet.portal.outbox import Outbox
+from deskfleet.portal.settings import PortalSettings
+from deskfleet.portal.store import Store
+from deskfleet.portal.throttle import Throttle
+from deskfleet.runtime.bus import Bus, run_callback
+from deskfleet.runtime.metrics import Health, Metrics
+from deskfleet.runtime.service import Clock
+from deskfleet.schemas.catalogue import Catalogue
+from deskfleet.schemas.tickets import Tickets
+
+log = logging.getLogger(__name__)
+
+EXTENSION = "deskfleet"
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the portal counts."""
+
+    requests: Counter
+    logins: Counter
+    launches: Counter
+    tickets: Counter
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The portal's parts."""
+
+    settings: PortalSettings
+    clock: Clock
+    store: Store
+    bus: Bus
+    catalogue: Catalogue
+    accounts: Accounts
+    chain: Chain
+    logins: Logins
+    throttle: Throttle
+    audit: Audit
+    outbox: Outbox
+    desktops: Desktops
+    fleet: Fleet
+    seals: Seals
+    tickets: Tickets
+    metrics: Metrics
+    counts: Counts
+
+    def sweep(self) -> None:
+        """Send what is not known yet. Failures are logged; the next sweep tries again."""
+        run_callback(self.outbox.sweep, "the sweep of stored requests")
+
+    def prune(self) -> None:
+        """Forget what is old."""
+        for what, prune in (
+            ("requests", self.outbox.prune),
+            ("logins", self.logins.prune),
+            ("throttle", self.throttle.prune),
+            ("audit", self.audit.prune),
+        ):
+            run_callback(prune, f"forgetting old {what}")
+
+    def health(self) -> Health:
+        """Whether requests can be taken and shown. A broker that is away is told, since nothing moves then."""
+        reasons = []
+        if not self.bus.connected:
+            reasons.append("the broker is not connected; requests are stored and sent later")
+        if not self.fleet.readable():
+            reasons.append("the ledger can't be read")
+        try:
+            self.outbox.waiting()
+        except DBAPIError:
+            reasons.append("the portal's database does not answer")
+        return Health(not reasons, tuple(reasons))
+
+
+def build(
+    settings: PortalSettings,
+    ledger: Engine,
+    catalogue_folder: Path,
+    bus: Bus,
+    clock: Clock,
+    defer: Callable[[Callable[[], None]], None],
+) -> Services:
+    """Put the parts together. Nothing is started; `defer` runs an action soon on the portal's own thread."""
+    store = Store(settings.database.reveal())
+    reader = Reader(ledger)
+    catalogue = Catalogue(catalogue_folder)
+    accounts = Accounts(store, clock)
+    known: dict[str, Method] = {"local": accounts}
+    outbox = Outbox(store, reader, bus, clock, defer)
+    metrics = Metrics("portal")
+    metrics.gauge("requests_waiting", "Stored requests that the scheduler is not seen to know").set_function(
+        partial(_count, outbox)
+    )
+    metrics.gauge("broker_connected", "1 while messages can be published").set_function(lambda: float(bus.connected))
+    return Services(
+        settings=settings,
+        clock=clock,
+        store=store,
+        bus=bus,
+        catalogue=catalogue,
+        accounts=accounts,
+        chain=Chain([known[name] for name in settings.auth], settings.admins),
+        logins=Logins(store, clock),
+        throttle=Throttle(store, clock),
+        audit=Audit(store, clock),
+        outbox=outbox,
+        desktops=Desktops(outbox, reader, catalogue.machines, clock),
+        fleet=Fleet(reader, bus, clock, settings.host_silent_s),
+        seals=Seals(settings.secret_key.reveal()),
+        tickets=Tickets([key.reveal() for key in settings.ticket_keys]),
+        metrics=metrics,
+        counts=Counts(
+            metrics.counter("http_requests", "Answers by endpoint and status", ["endpoint", "status"]),
+            metrics.counter("logins", "Tries to log in", ["result"]),
+            metrics.counter("launches", "Launches that were stored", ["via"]),
+            metrics.counter("tickets", "Console tickets handed out"),
+        ),
+    )
+
+
+def _count(outbox: Outbox) -> float:
+    try:
+        return float(outbox.waiting())
+    except DBAPIError:
+        return float("nan")
+
+
+def services() -> Services:
+    """The parts of the application that answers the present request."""
+    return cast(Services, current_app.extensions[EXTENSION])

@@ -1,0 +1,93 @@
+"""The tables of the portal's own database (SQLAlchemy Core), the same on SQLite and PostgreSQL.
+
+All names begin with portal_, so that they may stand beside the ledger's in one database. Times are UNIX seconds.
+Secrets that the portal only has to recognise (cookies, tokens) are stored as SHA-256.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
+
+#: SQLite counts rows by INTEGER only; PostgreSQL gets a 64-bit identity.
+_ID = BigInteger().with_variant(Integer, "sqlite")
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(column_0_label)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+account = Table(
+    "portal_account",
+    metadata,
+    Column("user", String(320), primary_key=True),
+    Column("password", Text, nullable=False),
+    Column("admin", Boolean, nullable=False),
+    Column("groups", Text, nullable=False),
+    Column("disabled", Boolean, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
+login = Table(
+    "portal_login",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("user", String(320), nullable=False, index=True),
+    Column("method", String(16), nullable=False),
+    Column("groups", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+
+token = Table(
+    "portal_token",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("name", String(16), nullable=False, unique=True),
+    Column("user", String(320), nullable=False, index=True),
+    Column("method", String(16), nullable=False),
+    Column("groups", Text, nullable=False),
+    Column("label", String(80), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+
+throttle = Table(
+    "portal_throttle",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("failures", Integer, nullable=False),
+    Column("last_at", Float, nullable=False),
+)
+
+#: What people asked for and the scheduler has not been seen to know: launches and stops.
+request = Table(
+    "portal_request",
+    metadata,
+    Column("sid", String(32), primary_key=True),
+    Column("kind", String(8), primary_key=True),
+    Column("user", String(320), nullable=False),
+    Column("type", String(32), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("deadline", Float, nullable=False),
+    Column("next_try_at", Float, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Index("ix_portal_request_state", "state"),
+    Index("ix_portal_request_user", "user", "created_at"),
+)
+
+audit = Table(
+    "portal_audit",
+    metadata,
+    Column("id", _ID, primary_key=True, autoincrement=True),
+    Column("at", Float, nullable=False, index=True),
+    Column("actor", String(320), nullable=False),
+    Column("address", String(64), nullable=False),
+    Column("action", String(32), nullable=False),
+    Column("target", String(320), nullable=False),
+    Column("detail", Text, nullable=False),
+)

@@ -1,0 +1,85 @@
+"""Sizes, times and states as people say them. Pure."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from deskfleet.schemas.session import Outcome, Resources
+
+OUTCOMES: dict[Outcome, str] = {
+    Outcome.STOPPED: "Stopped",
+    Outcome.GUEST_OFF: "Shut down from inside",
+    Outcome.DISCONNECTED: "Ended after the last viewer left",
+    Outcome.EXPIRED: "Reached its end of life",
+    Outcome.IDLE: "Ended because nobody used it",
+    Outcome.CANCELLED: "Cancelled before it started",
+    Outcome.REJECTED: "Refused",
+    Outcome.NO_CAPACITY: "Found no room",
+    Outcome.FAILED: "Failed",
+    Outcome.LOST: "Lost with its host",
+}
+
+
+def memory(mib: int) -> str:
+    """512 MiB, 1 GiB, 1.5 GiB."""
+    if mib < 1024:
+        return f"{mib} MiB"
+    return f"{mib / 1024:.4g} GiB" if mib < 1024 * 1024 else f"{mib / 1024 / 1024:.4g} TiB"
+
+
+def size(resources: Resources) -> str:
+    """2 CPUs · 4 GiB memory · 20 GiB disk · 1 GPU"""
+    parts = [
+        f"{resources.cpus} CPU{'s' if resources.cpus != 1 else ''}",
+        f"{memory(resources.memory_mib)} memory",
+        f"{resources.disk_gib} GiB disk",
+    ]
+    if resources.gpus:
+        parts.append(f"{resources.gpus} GPU{'s' if resources.gpus != 1 else ''} {resources.gpu_model}".rstrip())
+    return " · ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """45 s, 5 min, 2 h 5 min, 3 days 4 h; rounded down."""
+    left = max(0, int(seconds))
+    days, left = divmod(left, 86_400)
+    hours, left = divmod(left, 3600)
+    minutes, rest = divmod(left, 60)
+    if days:
+        return f"{days} day{'s' if days > 1 else ''}" + (f" {hours} h" if hours else "")
+    if hours:
+        return f"{hours} h" + (f" {minutes} min" if minutes else "")
+    return f"{minutes} min" if minutes else f"{rest} s"
+
+
+def ago(then: float, now: float) -> str:
+    """just now, 20 s ago, 3 h 2 min ago"""
+    return "just now" if now - then < 2 else f"{duration(now - then)} ago"
+
+
+def offset(seconds: float) -> str:
+    """The time since the click: +0.12 s, +14 s, +3 min"""
+    if seconds < 10:
+        return f"+{max(0.0, seconds):.2f} s"
+    return f"+{duration(seconds)}"
+
+
+def utc(at: float) -> str:
+    """A time that a page shows in full when asked."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def ladder(low: int, default: int, high: int) -> list[int]:
+    """The sizes that a form offers within a range: doubling from the lowest, with the default and the highest."""
+    steps = {low, default, high}
+    step = 1
+    while step < high:
+        if step > low:
+            steps.add(step)
+        step *= 2
+    return sorted(steps)
+
+
+def percent(part: float, whole: float) -> int:
+    """How full something is, 0 to 100; 0 when it has no size."""
+    return max(0, min(100, round(100 * part / whole))) if whole > 0 else 0
