@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sqlalchemy.exc import DBAPIError
@@ -108,10 +109,8 @@ class Fleet:
     def queues(self) -> list[QueueView]:
         """Every queue that the portal knows of, asked at once. Never raises: what does not answer is unknown."""
         names = [queue.name for queue in core().queues]
-        try:
+        with suppress(DBAPIError):  # the page says elsewhere that the ledger is away
             names += [host_queue(host.name) for host in self._reader.hosts()]
-        except DBAPIError:
-            pass  # the page says elsewhere that the ledger is away
         asked = [(name, self._bus.depth(name)) for name in names]
         until = self._clock.monotonic() + _PATIENCE_S
         return [self._queue(name, depth, until) for name, depth in asked]

@@ -63,7 +63,7 @@ class PortalSettings:
 class _KeysField(fields.Field[tuple[Secret, ...]]):
     """A list of keys, or a text with one key a word (as a file of keys holds them)."""
 
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> tuple[Secret, ...]:
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> tuple[Secret, ...]:
         keys = value.split() if isinstance(value, str) else value
         if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
             raise ValidationError("must be a list of keys, or one text with a key a line")
@@ -73,7 +73,7 @@ class _KeysField(fields.Field[tuple[Secret, ...]]):
 
 
 class _NetworkField(fields.Field[Network]):
-    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Network:
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Network:
         try:
             return ip_network(value)
         except ValueError as error:

@@ -1,0 +1,134 @@
+"""deskfleet-portal --config FILE: run the portal under gunicorn until SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flask import Flask
+from gunicorn.app.base import BaseApplication
+
+from deskfleet.ledger.engine import LedgerError, check_revision, open_engine
+from deskfleet.portal.app import create_app
+from deskfleet.portal.services import Services, build
+from deskfleet.portal.settings import PortalSchema, PortalSettings
+from deskfleet.portal.store import Store, StoreError
+from deskfleet.runtime import log as logs
+from deskfleet.runtime.amqp import AmqpBus
+from deskfleet.runtime.amqp_wire import BadBrokerUrl
+from deskfleet.runtime.metrics import serve
+from deskfleet.runtime.service import MainLoop, SystemClock, notify_systemd
+from deskfleet.runtime.settings import SettingsError, load
+from deskfleet.schemas.config import SECTIONS, LedgerSchema, MachinesSchema, address
+from deskfleet.schemas.errors import TicketError
+
+log = logging.getLogger("deskfleet.portal")
+
+_SWEEP_S = 1.0
+_PRUNE_S = 600.0
+
+
+class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn is not typed
+    """gunicorn without a settings file of its own. The application is made in each worker, after the fork."""
+
+    def __init__(self, sections: dict[str, Any], level: str) -> None:
+        self._sections = sections
+        self._level = level
+        super().__init__()
+
+    def load_config(self) -> None:
+        settings: PortalSettings = self._sections["portal"]
+        for key, value in {
+            "bind": settings.listen,
+            "workers": settings.workers,
+            "worker_class": "gthread",
+            "threads": settings.threads,
+            "worker_tmp_dir": "/dev/shm",  # noqa: S108  its heartbeat file must not wait for a disk
+            "timeout": 60,
+            "graceful_timeout": 10,
+            "keepalive": 30,
+            "limit_request_line": 4094,
+            "limit_request_fields": 64,
+            "limit_request_field_size": 8190,
+            "accesslog": None,  # addresses of pages hold session ids; the metrics count requests
+            "loglevel": "warning",
+            "proc_name": "deskfleet-portal",
+            "control_socket_disable": True,
+        }.items():
+            if key in self.cfg.settings:
+                self.cfg.set(key, value)
+
+    def load(self) -> Flask:
+        logs.configure(self._level, "portal")
+        return create_app(start(self._sections))
+
+
+def start(sections: dict[str, Any]) -> Services:
+    """Make the parts of one worker and start its threads: the bus's own, and one for sweeps."""
+    settings: PortalSettings = sections["portal"]
+    clock = SystemClock()
+    loop = MainLoop(clock)
+    bus = AmqpBus(
+        settings.broker_url.reveal().split(),
+        name="portal",
+        dispatch=loop.post,
+        clock=clock,
+        rng=random.Random(),  # noqa: S311  jitter of the reconnects
+    )
+    ledger = open_engine(sections["ledger"]["url"], read_only=True)
+    parts = build(settings, ledger, Path(sections["machines"]["catalogue"]), bus, clock, loop.post)
+    loop.every(_SWEEP_S, parts.sweep)
+    loop.every(_PRUNE_S, parts.prune)
+    bus.on_connect(parts.sweep)
+    bus.start()
+    threading.Thread(target=loop.run, name="portal-loop", daemon=True).start()
+    try:
+        serve(*address(settings.ops_listen), parts.metrics.registry, parts.health, clock)
+    except OSError as error:
+        # With several workers one of them answers for all; what they count is counted there alone.
+        log.warning("no metrics from this worker: %s", error)
+    notify_systemd("READY=1")
+    return parts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run until SIGTERM; 2 when it can't start as it is set up."""
+    parser = argparse.ArgumentParser(prog="deskfleet-portal", description="The web portal.")
+    parser.add_argument("--config", type=Path, default=Path("/etc/deskfleet/deskfleet.toml"))
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("--check", action="store_true", help="only look at the settings")
+    options = parser.parse_args(arguments)
+    logs.configure(options.log_level, "portal")
+    try:
+        schemas = {"portal": PortalSchema(), "ledger": LedgerSchema(), "machines": MachinesSchema()}
+        sections = load(options.config, schemas, os.environ, SECTIONS)
+        if options.check:
+            return 0
+        _check(sections)
+    except (SettingsError, LedgerError, StoreError, BadBrokerUrl, TicketError, OSError) as error:
+        print(f"deskfleet-portal can't start:\n{error}", file=sys.stderr)
+        return 2
+    _Gunicorn(sections, options.log_level).run()
+    return 0
+
+
+def _check(sections: dict[str, Any]) -> None:
+    """Refuse to start on databases of another revision, before any worker is forked."""
+
+    engine = open_engine(sections["ledger"]["url"], read_only=True)
+    check_revision(engine)
+    engine.dispose()
+    store = Store(sections["portal"].database.reveal())
+    store.check_revision()
+    store.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

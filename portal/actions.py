@@ -1,0 +1,127 @@
+"""What people do, whether by a page or by the API: every change goes through here, is audited and counted."""
+
+from __future__ import annotations
+
+import secrets
+
+from flask import session
+
+from deskfleet.portal.auth import Identity, Unavailable, WrongPassword
+from deskfleet.portal.desktops import Desktop
+from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.launching import Wish, prepare
+from deskfleet.portal.services import services
+from deskfleet.portal.throttle import counters
+from deskfleet.portal.web import LOGIN, client_address, own_desktop, person
+from deskfleet.portal.words import duration
+from deskfleet.schemas.messages import LaunchRequested
+from deskfleet.schemas.tickets import LIFETIME_S, Mode, Ticket
+
+#: Unanswered requests that one person may have: enough for a class, too few to fill the disk.
+MOST_WAITING = 20
+
+
+def log_in(user: str, password: str) -> Identity:
+    """Check a password and begin a login under a new session id.
+
+    Raises:
+        Problem: wrong, can't be checked now, or tried too often.
+    """
+    parts = services()
+    against = counters(user, client_address(), str(session.get("browser", "")) if session.get("was") == user else "")
+    wait_s = parts.throttle.begin(against)
+    if wait_s:
+        parts.counts.logins.labels("slowed").inc()
+        raise Problem(Refused.SLOW_DOWN, f"Too many tries. Try again in {duration(wait_s)}.", wait_s=wait_s)
+    answer = parts.chain.check(user, password)
+    if isinstance(answer, Unavailable):
+        parts.throttle.forgive(against, all_of_it=False)
+        parts.counts.logins.labels("unavailable").inc()
+        raise Problem(Refused.LOGIN_UNAVAILABLE)
+    if isinstance(answer, WrongPassword):
+        parts.counts.logins.labels("wrong").inc()
+        raise Problem(Refused.WRONG_PASSWORD)
+    parts.throttle.forgive(against, all_of_it=True)
+    old = session.get(LOGIN)
+    if isinstance(old, str):
+        parts.logins.close(old)
+    browser = session.get("browser") or secrets.token_hex(16)
+    session.clear()  # nothing from before the login is good after it, the CSRF token included
+    session.update({LOGIN: parts.logins.open(answer, parts.settings.login_s), "browser": browser, "was": answer.user})
+    session.permanent = True
+    parts.counts.logins.labels("right").inc()
+    parts.audit.note(answer.user, client_address(), "login", detail=answer.method)
+    return answer
+
+
+def log_out() -> None:
+    """End the login, on the server too; what the browser kept is worth nothing then."""
+    secret = session.get(LOGIN)
+    who = person()
+    if isinstance(secret, str):
+        services().logins.close(secret)
+    browser = {key: session[key] for key in ("browser", "was") if key in session}
+    session.clear()
+    session.update(browser)
+    services().audit.note(who.user, client_address(), "logout")
+
+
+def launch(wish: Wish, sid: str, via: str) -> tuple[LaunchRequested, bool]:
+    """Store a launch and begin to send it; the second value is False when this very request was stored before.
+
+    Raises:
+        Problem: not possible as asked, the sid is somebody else's, or too many requests wait.
+    """
+    parts, who = services(), person()
+    known = parts.desktops.find(sid)
+    if known is not None and known.user != who.user:
+        raise Problem(Refused.SID_TAKEN)
+    message = prepare(sid, wish, who, parts.catalogue.machines(), parts.settings)
+    if known is not None:
+        return message, False
+    if parts.outbox.waiting(who.user) >= MOST_WAITING:
+        raise Problem(Refused.TOO_MANY_REQUESTS)
+    new = parts.outbox.launch(message)
+    if new:
+        parts.counts.launches.labels(via).inc()
+        parts.audit.note(who.user, client_address(), "launch", sid, wish.machine)
+    return message, new
+
+
+def stop(sid: str) -> Desktop:
+    """Store a stop and begin to send it. Nothing happens to a desktop that has ended."""
+    desktop, who = own_desktop(sid), person()
+    if not desktop.over:
+        services().outbox.stop(sid, who.user, who.admin)
+        services().audit.note(who.user, client_address(), "stop", sid, f"of {desktop.user}")
+    return services().desktops.find(sid) or desktop
+
+
+def ticket(sid: str) -> dict[str, object]:
+    """A fresh ticket for the console of a running desktop.
+
+    Raises:
+        Problem: it does not run yet, or not any more.
+    """
+    desktop, who, parts = own_desktop(sid), person(), services()
+    if desktop.over:
+        raise Problem(Refused.ENDED, desktop.sentence)
+    if not desktop.running or desktop.unsure:
+        raise Problem(Refused.NOT_RUNNING, desktop.sentence)
+    if desktop.user != who.user:
+        parts.audit.note(who.user, client_address(), "console", sid, f"of {desktop.user}")
+    signed = parts.tickets.sign(Ticket(sid, who.user, desktop.generation, Mode.FULL, secrets.token_hex(16)))
+    parts.counts.tickets.inc()
+    return {
+        "ticket": signed,
+        "console_url": parts.settings.console_url,
+        "generation": desktop.generation,
+        "expires_in_s": LIFETIME_S,
+    }
+
+
+def drain(host: str, draining: bool) -> None:
+    """Take a host out of placement, or put it back."""
+    who = person()
+    services().fleet.drain(host, draining, who.user)
+    services().audit.note(who.user, client_address(), "drain" if draining else "undrain", host)

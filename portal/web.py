@@ -1,0 +1,130 @@
+"""Who asks, and whether they may: one rule for every page and every API call.
+
+A view needs a login unless it is marked `public`, and an administrator when it is marked `admin_only`; a new view is
+closed by default. A Bearer token stands for itself: with one, cookies are not looked at, so no other site can use them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from flask import current_app, g, request, session
+
+from deskfleet.portal.auth import Identity
+from deskfleet.portal.desktops import Desktop
+from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.services import services
+
+_View = TypeVar("_View", bound=Callable[..., Any])
+
+#: The key of the server-side login's secret in the signed cookie.
+LOGIN = "login"
+_BEARER = "Bearer "
+
+
+def public(view: _View) -> _View:
+    """Mark a view that needs no login."""
+    view.deskfleet_access = "public"  # type: ignore[attr-defined]
+    return view
+
+
+def admin_only(view: _View) -> _View:
+    """Mark a view for administrators."""
+    view.deskfleet_access = "admin"  # type: ignore[attr-defined]
+    return view
+
+
+def access(endpoint: str | None) -> str:
+    """What a view needs: public, person or admin. Unknown addresses are public, so that they get a plain 404."""
+    if endpoint is None or endpoint == "static":
+        return "public"
+    view = current_app.view_functions.get(endpoint)
+    # A class-based view (flask-smorest) carries the mark on the method.
+    methods = getattr(view, "view_class", None)
+    marked = getattr(methods, request.method.lower(), view) if methods else view
+    return cast(str, getattr(marked, "deskfleet_access", "person"))
+
+
+def check_access() -> None:
+    """Before each request: refuse who may not. Raises Problem."""
+    needed = access(request.endpoint)
+    if needed == "admin":
+        administrator()
+    elif needed == "person":
+        person()
+
+
+def by_token() -> bool:
+    """Whether the request carries a token of its own."""
+    return request.headers.get("Authorization", "").startswith(_BEARER)
+
+
+def someone() -> Identity | None:
+    """Who asks; None when nobody is logged in. Looked up once a request."""
+    if "who" not in g:
+        g.who = _look_up()
+    return cast("Identity | None", g.who)
+
+
+def _look_up() -> Identity | None:
+    logins = services().logins
+    if by_token():
+        found = logins.find_token(request.headers["Authorization"].removeprefix(_BEARER).strip())
+    else:
+        secret = session.get(LOGIN)
+        found = logins.find(secret) if isinstance(secret, str) else None
+    # The account may have been disabled, or lost its rights, since.
+    return services().chain.current(found) if found else None
+
+
+def person() -> Identity:
+    """Who asks.
+
+    Raises:
+        Problem: nobody is logged in.
+    """
+    who = someone()
+    if who is None:
+        raise Problem(Refused.NOT_LOGGED_IN)
+    return who
+
+
+def administrator() -> Identity:
+    """Who asks, as an administrator.
+
+    Raises:
+        Problem: nobody is logged in, or somebody without the right.
+    """
+    who = person()
+    if not who.admin:
+        services().audit.note(who.user, client_address(), "refused", request.path, "not an administrator")
+        raise Problem(Refused.NOT_ALLOWED)
+    return who
+
+
+def client_address() -> str:
+    """Where the request comes from: X-Forwarded-For only counts from a configured front proxy."""
+    peer = request.remote_addr or "-"
+    try:
+        trusted = any(ipaddress.ip_address(peer) in network for network in services().settings.front_proxies)
+    except ValueError:
+        return peer
+    forwarded = request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip() if trusted else ""
+    return forwarded[:64] or peer
+
+
+def own_desktop(sid: str) -> Desktop:
+    """A desktop that the person may touch: their own, or anybody's for an administrator.
+
+    Raises:
+        Problem: the same for another person's as for one that does not exist.
+    """
+    who = person()
+    desktop = services().desktops.find(sid)
+    if desktop is None or not (who.admin or desktop.user == who.user):
+        if desktop is not None:
+            services().audit.note(who.user, client_address(), "refused", sid, f"{request.path} of {desktop.user}")
+        raise Problem(Refused.NO_SUCH_DESKTOP)
+    return desktop
