@@ -35,10 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=Path("/etc/deskfleet/deskfleet.toml"))
     parser.add_argument("--purge", action="store_true", help="end every guest of this host, remove its files, and exit")
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--check", action="store_true", help="only look at the settings")
     options = parser.parse_args(arguments)
     logs.configure(options.log_level, "agent")
     try:
         settings: AgentSettings = load(options.config, {"agent": AgentSchema()}, os.environ, SECTIONS)["agent"]
+        if options.check:
+            return 0
         with lock(settings.state):
             return asyncio.run(_run(settings, purge=options.purge))
     except (SettingsError, AgentError, JournalError, BadBrokerUrl, OSError) as error:

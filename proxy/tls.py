@@ -142,10 +142,11 @@ class TlsSocket:
     def _decrypt(self, buffer: memoryview, count: int) -> int:
         try:
             while True:
-                # With a buffer it returns a count, which its type does not know.
-                count += int(self._tls.read(len(buffer) - count, buffer[count:]))
+                # With a buffer it returns a count, which its type does not know; 0 after close_notify.
+                got = int(self._tls.read(len(buffer) - count, buffer[count:]))
+                if not got:
+                    self._ended = True
+                    return count
+                count += got
         except ssl.SSLWantReadError:
-            return count
-        except ssl.SSLZeroReturnError:
-            self._ended = True
             return count

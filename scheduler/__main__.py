@@ -35,11 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=Path("/etc/deskfleet/deskfleet.toml"))
     parser.add_argument("--migrate", action="store_true", help="bring the ledger to this version's revision first")
     parser.add_argument("--log-level", default="info")
+    parser.add_argument("--check", action="store_true", help="only look at the settings")
     options = parser.parse_args(arguments)
     logs.configure(options.log_level, "scheduler")
     try:
         schemas = {"scheduler": SchedulerSchema(), "ledger": LedgerSchema(), "machines": MachinesSchema()}
         settings = load(options.config, schemas, os.environ, SECTIONS)
+        if options.check:
+            return 0
         engine = open_engine(settings["ledger"]["url"])
         if options.migrate:
             migrate(engine)

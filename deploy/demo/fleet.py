@@ -249,7 +249,7 @@ class Fleet:
             self._write(login(host), "agent", self._agent(number, host), {})
 
     def _agent(self, number: int, host: str) -> dict[str, object]:
-        cert, key = self.keys.certificate(f"host-{host}", "serverAuth")
+        cert, key = self.keys.certificate(host, "serverAuth")
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
         console = f"127.0.0.1:{self._ports[f'console-{host}']}"
         # Two fleets on one machine must not share user ids: the guard of each speaks of its own.

@@ -45,7 +45,7 @@ class Keys:
         path = self.folder / f"{name}.pem"
         if not path.exists():
             request = self.folder / f"{name}.csr"
-            names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
+            names = f"subjectAltName=DNS:{name}"
             _openssl("req", *_NEW, "-subj", f"/CN={name}", "-keyout", _key(path), "-out", str(request))
             extensions = self.folder / f"{name}.ext"
             extensions.write_text(f"{names}\nextendedKeyUsage={usage}\nbasicConstraints=CA:FALSE\n")
