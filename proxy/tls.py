@@ -1,8 +1,10 @@
 """A non-blocking TLS client with the few methods of a socket that the relay uses.
 
-It drives an `ssl.SSLObject` over memory buffers. `ssl.SSLSocket` was rejected: it can't send close_notify without
-reading in the same call, which loses data that is on its way, so it has no half close; and it waits for writability
-in a read, or the other way round, where this has one place for bytes that the kernel has not taken.
+It drives an `ssl.SSLObject` over memory buffers. `ssl.SSLSocket` was rejected: it waits for writability in a read, or
+the other way round, where this has one place for bytes that the kernel has not taken.
+
+It has no half close: Python's ssl can't send close_notify without looking for the peer's in the same call, which loses
+what is on its way (seen).
 """
 
 from __future__ import annotations
@@ -124,14 +126,6 @@ class TlsSocket:
             self._unsent = self._unsent[self._sock.send(self._unsent) :]
             if self._unsent:
                 raise BlockingIOError
-
-    def end_writing(self) -> None:
-        """Half close: tell the peer that nothing more comes (close_notify), and read on."""
-        # OpenSSL sends it and then looks for the peer's, which is not here: nothing undecrypted is ever left.
-        with contextlib.suppress(ssl.SSLWantReadError):
-            self._tls.unwrap()
-        with contextlib.suppress(BlockingIOError):
-            self.flush()
 
     def _fill(self) -> int:
         count = self._sock.recv_into(_cipher)

@@ -127,8 +127,7 @@ class _TlsLeg(_Leg):
         self.watch()
 
     def end_writing(self) -> None:
-        self.sock.end_writing()
-        self.watch()
+        """The host learns it when the tunnel closes, which is soon: see tls.py for why there is no half close."""
 
 
 class _Pump:
