@@ -1,0 +1,223 @@
+"""The HTTP API, /api/v1: what pages can do, for programs. It describes itself at /api/v1/openapi.json."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+from flask import Flask, Response, jsonify
+from flask_smorest import Api, Blueprint
+from marshmallow import ValidationError
+from webargs.flaskparser import FlaskParser
+
+from deskfleet.portal import actions, api_schemas
+from deskfleet.portal.audit import Entry
+from deskfleet.portal.desktops import Desktop
+from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.fleet import HostView, QueueView
+from deskfleet.portal.launching import Wish, offered
+from deskfleet.portal.logins import TokenInfo
+from deskfleet.portal.services import services
+from deskfleet.portal.web import admin_only, by_token, client_address, own_desktop, person, public
+from deskfleet.schemas.machine import Machine
+
+_SID = re.compile(r"[0-9a-f]{32}")
+_DAY_S = 24 * 3600
+
+
+class _Parser(FlaskParser):
+    """Faults in a request come out as the portal's own refusals."""
+
+    def handle_error(self, error: ValidationError, *_: Any, **__: Any) -> NoReturn:
+        raise Problem(Refused.BAD_FIELDS, details=_lines(error.messages))
+
+    def _handle_invalid_json_error(self, *_: Any, **__: Any) -> NoReturn:
+        raise Problem(Refused.BAD_REQUEST, "The body of this request is not JSON.")
+
+
+def _lines(messages: Any, where: str = "") -> list[str]:
+    """marshmallow's tree of messages as lines "field: what is wrong"; the first level is where the field stood."""
+    if isinstance(messages, Mapping):
+        return [
+            line
+            for key, value in messages.items()
+            for line in _lines(value, where if key in ("json", "query", "_schema") else f"{where}.{key}".lstrip("."))
+        ]
+    if isinstance(messages, list):
+        return [line for message in messages for line in _lines(message, where)]
+    return [f"{where}: {messages}" if where else str(messages)]
+
+
+class _Api(Api):
+    ERROR_SCHEMA = api_schemas.ErrorSchema
+
+    def _register_error_handlers(self) -> None:
+        """None of its own: the application answers pages and programs from one table."""
+
+
+class _Blueprint(Blueprint):
+    ARGUMENTS_PARSER = _Parser()
+
+
+blueprint = _Blueprint("api", __name__, url_prefix="/api/v1", description="Desktops and the fleet")
+
+
+def register(app: Flask) -> None:
+    """Add the API and its description to an application."""
+    api = _Api(
+        spec_kwargs={
+            "title": "Deskfleet",
+            "version": "v1",
+            "openapi_version": "3.0.3",
+            "security": [{"bearer": []}, {"cookie": []}],
+        }
+    )
+    api.init_app(app)
+    schemes = api.spec.components
+    schemes.security_scheme("bearer", {"type": "http", "scheme": "bearer"})
+    schemes.security_scheme("cookie", {"type": "apiKey", "in": "cookie", "name": app.config["SESSION_COOKIE_NAME"]})
+    api.register_blueprint(blueprint)
+
+    @app.get("/api/v1/openapi.json", endpoint="openapi")
+    @public
+    def _openapi() -> Response:
+        return jsonify(api.spec.to_dict())
+
+
+def _desktop(sid: str) -> Desktop:
+    if not _SID.fullmatch(sid):
+        raise Problem(Refused.NO_SUCH_DESKTOP)
+    return own_desktop(sid)
+
+
+@blueprint.get("/machines")
+@blueprint.response(200, api_schemas.MachineSchema(many=True))
+def machines() -> list[Machine]:
+    """The machines that the caller may start."""
+    return offered(services().catalogue.machines(), person())
+
+
+@blueprint.post("/sessions")
+@blueprint.arguments(api_schemas.LaunchSchema)
+@blueprint.response(202, api_schemas.SessionSchema)
+@blueprint.alt_response(200, schema=api_schemas.SessionSchema, description="The same request came before")
+def launch(asked: tuple[str, Wish]) -> Any:
+    """Start a desktop. The answer comes when the request is stored safely; follow it by its sid."""
+    sid, wish = asked
+    sid = sid or secrets.token_hex(16)
+    _, new = actions.launch(wish, sid, "api")
+    return own_desktop(sid), 202 if new else 200
+
+
+@blueprint.get("/sessions")
+@blueprint.response(200, api_schemas.SessionListSchema)
+def sessions() -> dict[str, Any]:
+    """The caller's desktops."""
+    found, complete = services().desktops.of_user(person().user)
+    return {"sessions": found, "complete": complete}
+
+
+@blueprint.get("/sessions/<sid>")
+@blueprint.response(200, api_schemas.StorySchema)
+def session(sid: str) -> dict[str, Any]:
+    """One desktop and how it got where it is."""
+    story = services().desktops.story(_desktop(sid))
+    return {
+        **asdict(story.desktop),
+        "place": story.place,
+        "verdicts": [{"host": host, "reason": reason, "sentence": text} for host, reason, text in story.verdicts],
+        "steps": story.steps,
+    }
+
+
+@blueprint.post("/sessions/<sid>/stop")
+@blueprint.response(200, api_schemas.SessionSchema)
+def stop(sid: str) -> Desktop:
+    """Stop a desktop. Asking again changes nothing."""
+    return actions.stop(_desktop(sid).sid)
+
+
+@blueprint.post("/sessions/<sid>/ticket")
+@blueprint.response(200, api_schemas.TicketSchema)
+def ticket(sid: str) -> dict[str, object]:
+    """A ticket for the console of a running desktop."""
+    return actions.ticket(_desktop(sid).sid)
+
+
+@blueprint.get("/hosts")
+@admin_only
+@blueprint.response(200, api_schemas.HostSchema(many=True))
+def hosts() -> list[HostView]:
+    """The hosts. For administrators."""
+    return services().fleet.hosts()
+
+
+@blueprint.post("/hosts/<host>/drain")
+@admin_only
+@blueprint.response(204)
+def drain(host: str) -> None:
+    """Place nothing more on a host; what runs there goes on. For administrators."""
+    actions.drain(host, True)
+
+
+@blueprint.post("/hosts/<host>/undrain")
+@admin_only
+@blueprint.response(204)
+def undrain(host: str) -> None:
+    """Place desktops on a host again. For administrators."""
+    actions.drain(host, False)
+
+
+@blueprint.get("/queues")
+@admin_only
+@blueprint.response(200, api_schemas.QueueSchema(many=True))
+def queues() -> list[QueueView]:
+    """The queues of the broker. For administrators."""
+    return services().fleet.queues()
+
+
+@blueprint.get("/audit")
+@admin_only
+@blueprint.arguments(api_schemas.AuditQuerySchema, location="query")
+@blueprint.response(200, api_schemas.AuditSchema(many=True))
+def audit(query: dict[str, int]) -> list[Entry]:
+    """The newest lines of the audit, newest first. For administrators."""
+    return services().audit.newest(query["limit"])
+
+
+def _cookie_user() -> str:
+    """Who is logged in by password: a token that leaked must not make others that outlive it."""
+    if by_token():
+        raise Problem(Refused.COOKIE_NEEDED)
+    return person().user
+
+
+@blueprint.get("/tokens")
+@blueprint.response(200, api_schemas.TokenSchema(many=True))
+def tokens() -> list[TokenInfo]:
+    """The caller's access tokens, without their secrets. Not by a token."""
+    return services().logins.tokens_of(_cookie_user())
+
+
+@blueprint.post("/tokens")
+@blueprint.arguments(api_schemas.NewTokenSchema)
+@blueprint.response(201, api_schemas.MadeTokenSchema)
+def make_token(asked: dict[str, Any]) -> dict[str, Any]:
+    """A new access token; its secret is in this answer and nowhere else. Not by a token."""
+    user = _cookie_user()
+    secret, info = services().logins.make_token(person(), asked["label"], asked["days"] * _DAY_S)
+    services().audit.note(user, client_address(), "token made", info.name, info.label)
+    return {**asdict(info), "token": secret}
+
+
+@blueprint.delete("/tokens/<name>")
+@blueprint.response(204)
+def drop_token(name: str) -> None:
+    """Remove one of the caller's access tokens; it is worth nothing from then on. Not by a token."""
+    user = _cookie_user()
+    if not services().logins.drop_token(user, name):
+        raise Problem(Refused.NOT_FOUND, "You have no token of this name.")
+    services().audit.note(user, client_address(), "token removed", name)

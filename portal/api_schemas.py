@@ -1,0 +1,233 @@
+"""What the HTTP API takes and gives. Sizes in MiB and GiB, times in seconds or as UNIX time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marshmallow import RAISE, Schema, fields, post_load, validate
+
+from deskfleet.portal.launching import Wish
+
+_MOST = 1 << 40
+
+
+class _Input(Schema):
+    class Meta:
+        unknown = RAISE
+
+
+def _whole(low: int = 0, **options: Any) -> fields.Int:
+    return fields.Int(strict=True, validate=validate.Range(low, _MOST), **options)
+
+
+class LaunchSchema(_Input):
+    """A launch. With `sid`, the same request sent again is the same desktop; without, every request is a new one."""
+
+    machine = fields.Str(required=True, validate=validate.Length(1, 48))
+    sid = fields.Str(
+        load_default="", validate=validate.Regexp(r"\A([0-9a-f]{32})?\Z", error="must be 32 lower-case hex digits")
+    )
+    cpus = _whole(1, load_default=None)
+    memory_mib = _whole(1, load_default=None)
+    disk_gib = _whole(1, load_default=None)
+    gpus = _whole(load_default=None)
+    gpu_model = fields.Str(load_default="", validate=validate.Length(max=128))
+    persistent = fields.Bool(load_default=False, truthy={True}, falsy={False})
+    lifetime_s = _whole(1, load_default=None)
+
+    @post_load
+    def _make(self, data: dict[str, Any], **_: Any) -> tuple[str, Wish]:
+        return data.pop("sid"), Wish(**data)
+
+
+class NewTokenSchema(_Input):
+    """A new access token: what it is for, and for how many days it is good."""
+
+    label = fields.Str(required=True, validate=validate.Length(1, 80))
+    days = fields.Int(strict=True, load_default=30, validate=validate.Range(1, 366))
+
+
+class AuditQuerySchema(_Input):
+    """How many lines of the audit."""
+
+    limit = fields.Int(load_default=200, validate=validate.Range(1, 1000))
+
+
+class ErrorSchema(Schema):
+    """Every refusal: a reason for programs, a message for people, what exactly is wrong, and a reference to the log."""
+
+    reason = fields.Str(required=True)
+    message = fields.Str(required=True)
+    details = fields.List(fields.Str(), required=True)
+    reference = fields.Str(required=True)
+
+
+class RangeSchema(Schema):
+    """The sizes that a machine allows."""
+
+    min = fields.Int()
+    default = fields.Int()
+    max = fields.Int()
+
+
+class MachineSchema(Schema):
+    """A machine that the caller may start."""
+
+    name = fields.Str()
+    title = fields.Str()
+    text = fields.Str()
+    os = fields.Str()
+    cpus = fields.Nested(RangeSchema)
+    memory_mib = fields.Nested(RangeSchema)
+    disk_gib = fields.Nested(RangeSchema)
+    gpu = fields.Str()
+    gpu_models = fields.List(fields.Str())
+
+
+class ResourcesSchema(Schema):
+    """The size of a desktop."""
+
+    cpus = fields.Int()
+    memory_mib = fields.Int()
+    disk_gib = fields.Int()
+    gpus = fields.Int()
+    gpu_model = fields.Str()
+
+
+class SessionSchema(Schema):
+    """A desktop. `unsure`: the records can't be read now, so this is what was true last."""
+
+    sid = fields.Str()
+    user = fields.Str()
+    machine = fields.Str()
+    title = fields.Str()
+    state = fields.Str()
+    sentence = fields.Str()
+    host = fields.Str()
+    generation = fields.Int()
+    outcome = fields.Str()
+    reason = fields.Str()
+    created_at = fields.Float()
+    changed_at = fields.Float()
+    time_left_s = fields.Float(allow_none=True)
+    lifetime_s = fields.Int()
+    persistent = fields.Bool()
+    resources = fields.Nested(ResourcesSchema)
+    stop_asked = fields.Bool()
+    unsure = fields.Bool()
+
+
+class VerdictSchema(Schema):
+    """Why a host did not take a desktop that waits."""
+
+    host = fields.Str()
+    reason = fields.Str()
+    sentence = fields.Str()
+
+
+class StepSchema(Schema):
+    """One step in a desktop's life."""
+
+    at = fields.Float()
+    event = fields.Str()
+    state = fields.Str()
+    host = fields.Str()
+    reason = fields.Str(allow_none=True)
+
+
+class StorySchema(SessionSchema):
+    """A desktop, its place among those that wait (1 = next), why no host took it yet, and its steps."""
+
+    place = fields.Int(allow_none=True)
+    verdicts = fields.List(fields.Nested(VerdictSchema))
+    steps = fields.List(fields.Nested(StepSchema))
+
+
+class SessionListSchema(Schema):
+    """The caller's desktops, newest first. `complete` is false when the records can't be read now."""
+
+    sessions = fields.List(fields.Nested(SessionSchema))
+    complete = fields.Bool()
+
+
+class TicketSchema(Schema):
+    """A ticket for a console: good for one connection, for a short time."""
+
+    ticket = fields.Str()
+    console_url = fields.Str()
+    generation = fields.Int()
+    expires_in_s = fields.Int()
+
+
+class GpuSchema(Schema):
+    """A GPU of a host."""
+
+    address = fields.Str()
+    model = fields.Str()
+    offered = fields.Bool()
+    problem = fields.Str()
+
+
+class ReportSchema(Schema):
+    """What a host said of itself last."""
+
+    accel = fields.Str()
+    fenced = fields.Bool()
+    cpus = fields.Int()
+    memory_mib = fields.Int()
+    memory_free_mib = fields.Int()
+    disk_mib = fields.Int()
+    disk_free_mib = fields.Int()
+    load1 = fields.Float()
+    images = fields.List(fields.Str())
+    gpus = fields.List(fields.Nested(GpuSchema))
+    problems = fields.List(fields.Str())
+    version = fields.Str()
+
+
+class HostSchema(Schema):
+    """A host; `report` is null unless it is fresh, `seen_s` null when it never reported."""
+
+    name = fields.Str()
+    draining = fields.Bool()
+    message = fields.Str()
+    seen_s = fields.Float(allow_none=True)
+    guests = fields.Int()
+    report = fields.Nested(ReportSchema, allow_none=True)
+
+
+class QueueSchema(Schema):
+    """A queue; figures are null while they are unknown, `problem` says why."""
+
+    name = fields.Str()
+    purpose = fields.Str()
+    messages = fields.Int(allow_none=True)
+    consumers = fields.Int(allow_none=True)
+    problem = fields.Str()
+    alarm = fields.Bool()
+
+
+class AuditSchema(Schema):
+    """One line of the audit."""
+
+    at = fields.Float()
+    actor = fields.Str()
+    address = fields.Str()
+    action = fields.Str()
+    target = fields.Str()
+    detail = fields.Str()
+
+
+class TokenSchema(Schema):
+    """An access token as it is shown later."""
+
+    name = fields.Str()
+    label = fields.Str()
+    created_at = fields.Float()
+    expires_at = fields.Float()
+
+
+class MadeTokenSchema(TokenSchema):
+    """A new access token with its secret, which is shown this once."""
+
+    token = fields.Str()
