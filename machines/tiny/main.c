@@ -58,7 +58,7 @@ extern volatile u32 ticks;          /* counted by boot.S: the BIOS leaves the ti
 
 static u32 text_column, text_row;
 static u32 keys, clicks, buttons;
-static u32 mouse_x = SCREEN_WIDTH / 2, mouse_y = SCREEN_HEIGHT / 2;
+static u32 mouse_x = SCREEN_WIDTH / 2, mouse_y = 450;      /* at first between the window and the card, over neither */
 static char session_id[ID_SIZE];
 
 static u32 seconds(void)
@@ -274,10 +274,10 @@ __attribute__((noreturn)) void main(const u8 *font)
     while (!screen_start(font))
         __asm__ volatile("cli; hlt");
     fw_cfg_read(ID_FILE, session_id, sizeof session_id);
-    draw_desktop();
     power_start();
     ps2_start();
     vmmouse_start();
+    draw_desktop();     /* last: who sees the identity may type and click */
     for (;;) {
         struct pointer pointer;
         int code;

@@ -11,7 +11,7 @@ import subprocess
 import time
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from support import screen
 from support.qmp import Qmp, running, wait_for
+from support.rfb import Rfb, UnixStream
 
 ROOT = Path(__file__).resolve().parents[2]
 SID = "0f3a9c21-77e4-4b1d-9c55-2f6f0a1b7c3d"
@@ -98,9 +99,10 @@ def ended(process: subprocess.Popen[bytes], qmp: Qmp) -> bool:
     return bool(event["data"]["guest"] and event["data"]["reason"] == "guest-shutdown")
 
 
+# No usb-kbd: qemu gives it all keys from its creation on, and a guest without a USB driver hears nothing.
 INPUT_DEVICES = {
     "none": (),
-    "usb": ("-device", "qemu-xhci", "-device", "usb-tablet", "-device", "usb-kbd"),
+    "usb": ("-device", "qemu-xhci", "-device", "usb-tablet"),
     "virtio": ("-device", "virtio-tablet-pci", "-device", "virtio-keyboard-pci"),
 }
 
@@ -108,7 +110,7 @@ INPUT_DEVICES = {
 @pytest.mark.parametrize("devices", INPUT_DEVICES)
 @pytest.mark.parametrize("machine", [PC, Q35], ids=["pc", "q35"])
 def test_it_shows_itself_and_reacts(iso: Path, tmp_path: Path, machine: tuple[str, ...], devices: str) -> None:
-    """Picture, identity, typing, pointing, an orderly end by the power button; whatever other input devices there are."""
+    """Picture, identity, typing, pointing, an orderly end by the power button; whatever tablets there are."""
     cd = ("-drive", f"file={iso},if=none,id=cd,format=raw,readonly=on", "-device", "ide-cd,drive=cd")
     with tiny(tmp_path, iso, machine, *cd, *INPUT_DEVICES[devices]) as (process, qmp):
         before = up(qmp)
@@ -192,62 +194,12 @@ def test_a_scaled_picture_tells_the_identity(iso: Path, tmp_path: Path) -> None:
         assert screen.read_identity(image.resize(size)) == screen.identity(SID)
 
 
-class Viewer:
-    """As much of a VNC client (RFC 6143) as these tests need."""
-
-    EXTENDED_DESKTOP_SIZE = -308
-
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(SLOW)
-        self._socket.connect(str(path))
-        assert self._read(12) == b"RFB 003.008\n"
-        self._socket.sendall(b"RFB 003.008\n")
-        assert 1 in self._read(self._read(1)[0])
-        self._socket.sendall(b"\x01")
-        assert self._read(4) == bytes(4)
-        self._socket.sendall(b"\x01")
-        self.size = struct.unpack(">HH16xI", self._read(24))
-        self._read(self.size[2])
-        # SetEncodings: qemu looks only now whether the guest's pointer is absolute.
-        self._socket.sendall(struct.pack(">BxHii", 2, 2, 0, self.EXTENDED_DESKTOP_SIZE))
-
-    def _read(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            part = self._socket.recv(count - len(data))
-            assert part, "qemu closed the connection"
-            data += part
-        return data
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def click(self, x: int, y: int) -> None:
-        for buttons in (0, 1, 0):
-            self._socket.sendall(struct.pack(">BBHH", 5, buttons, x, y))
-            time.sleep(0.1)
-
-    def type(self, text: str) -> None:
-        for character in text:
-            for down in (1, 0):
-                self._socket.sendall(struct.pack(">BBxxI", 4, down, ord(character)))
-
-    def resize(self, width: int, height: int) -> None:
-        """SetDesktopSize with one screen."""
-        screens = struct.pack(">IHHHHI", 0, 0, 0, width, height, 0)
-        self._socket.sendall(struct.pack(">BxHHBx", 251, width, height, 1) + screens)
-
-    def cut(self, text: str) -> None:
-        self._socket.sendall(struct.pack(">BxxxI", 6, len(text)) + text.encode("latin-1"))
-
-
 def test_a_vnc_client_types_and_clicks(iso: Path, tmp_path: Path) -> None:
     """The way of a browser: absolute pointer and keys through qemu's VNC server."""
     with tiny(tmp_path, iso) as (_, qmp):
         empty = screen.region_hash(up(qmp), screen.TINY_TEXT)
-        viewer = Viewer(tmp_path / "vnc.sock")
-        assert viewer.size[:2] == screen.TINY_SIZE
+        viewer = Rfb(UnixStream(tmp_path / "vnc.sock"))
+        assert (viewer.width, viewer.height) == screen.TINY_SIZE
         viewer.type("typed")
         wait_for(lambda: screen.region_hash(screen.look(qmp), screen.TINY_TEXT) != empty, "the typed text")
         viewer.click(30, 250)
@@ -267,6 +219,10 @@ class GuestAgent:
         self._socket.connect(str(path))
         self._file = self._socket.makefile("rwb")
 
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
     def execute(self, command: str, **arguments: Any) -> Any:
         message = {"execute": command, "arguments": {k.replace("_", "-"): v for k, v in arguments.items()}}
         self._file.write(json.dumps(message).encode() + b"\n")
@@ -284,6 +240,17 @@ class GuestAgent:
             return status if status["exited"] else None
 
         return base64.b64decode(wait_for(done, script, SLOW, 0.3).get("out-data", "")).decode()
+
+
+def cut_text(text: str) -> bytes:
+    """ClientCutText (RFC 6143, 7.5.6): the viewer's clipboard."""
+    return struct.pack("!BxxxI", 6, len(text)) + text.encode("latin-1")
+
+
+def desktop_size(width: int, height: int) -> bytes:
+    """SetEncodings with ExtendedDesktopSize, then SetDesktopSize for one screen: the viewer's window has this size."""
+    encodings = struct.pack("!BxHi", 2, 1, -308)
+    return encodings + struct.pack("!BxHHBxIHHHHI", 251, width, height, 1, 0, 0, 0, width, height, 0)
 
 
 AMBER = (255, 183, 3)
@@ -321,8 +288,7 @@ def test_the_desktop(tmp_path: Path) -> None:
     argv += ["-device", "virtserialport,chardev=vdagent,name=com.redhat.spice.0"]
     argv += ["-netdev", "user,id=net,restrict=on", "-device", "virtio-net-pci,netdev=net"]
     argv += ["-fw_cfg", "name=opt/deskfleet/hostname,string=desk-7"]
-    with running(argv, tmp_path) as (process, qmp):
-        agent = GuestAgent(tmp_path / "agent.sock")
+    with running(argv, tmp_path) as (process, qmp), closing(GuestAgent(tmp_path / "agent.sock")) as agent:
 
         def settled() -> screen.Box | None:
             """The terminal, once its prompt (light ink on dark) stands still."""
@@ -347,14 +313,15 @@ def test_the_desktop(tmp_path: Path) -> None:
         wait_for(lambda: int(agent.shell("df --output=size -m / | tail -1")) > 2500, "the disk to grow", SLOW, 2)
         wait_for(lambda: "10.0.2.15" in agent.shell("ip -4 -br address"), "an address by DHCP", SLOW, 2)
 
-        viewer = Viewer(tmp_path / "vnc.sock")
-        viewer.cut("from the browser")
+        stream = UnixStream(tmp_path / "vnc.sock")
+        Rfb(stream)
+        stream.write(cut_text("from the browser"))
         paste = "runuser -u user -- env DISPLAY=:0 timeout 20 xclip -o -selection clipboard"
         wait_for(lambda: agent.shell(paste) == "from the browser", "the clipboard", SLOW, 1)
-        viewer.resize(1100, 640)
+        stream.write(desktop_size(1100, 640))
         current = "runuser -u user -- env DISPLAY=:0 xrandr --current"
         wait_for(lambda: "current 1100 x 640" in agent.shell(current), "the new size", SLOW, 1)
-        viewer.close()
+        stream.close()
 
         qmp.execute("system_powerdown")
         assert qmp.wait_event("SHUTDOWN")["data"]["reason"] == "guest-shutdown"
