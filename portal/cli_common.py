@@ -27,7 +27,7 @@ class Unreachable(Refusal):
     exit_code = 3
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType[int]):
     """90, 90s, 30m, 8h or 2d, as seconds."""
 
     name = "duration"

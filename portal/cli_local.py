@@ -125,10 +125,9 @@ def user() -> None:
 
 def _password() -> str:
     """From a person twice, without showing it; from a program as the first line of its input."""
-    stdin = click.get_text_stream("stdin")
-    if stdin.isatty():
+    if sys.stdin.isatty():
         return str(click.prompt("Password", hide_input=True, confirmation_prompt=True))
-    return stdin.readline().rstrip("\r\n")
+    return sys.stdin.readline().rstrip("\r\n")
 
 
 @user.command("add")

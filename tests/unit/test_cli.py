@@ -1,0 +1,337 @@
+"""The command line: on this machine with a settings file, and against the HTTP API on a real server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from click.testing import CliRunner, Result
+from flask import Flask, jsonify
+from support.bus_harness import MemoryHarness
+from werkzeug.serving import make_server
+
+from deskfleet.ledger.engine import check_revision, open_engine
+from deskfleet.portal import api
+from deskfleet.portal.auth import Identity
+from deskfleet.portal.cli import main
+from deskfleet.portal.errors import Problem
+from deskfleet.portal.services import EXTENSION, Services, build
+from deskfleet.portal.settings import PortalSchema
+from deskfleet.portal.web import check_access
+from deskfleet.runtime.service import SystemClock
+from deskfleet.runtime.settings import load
+from deskfleet.schemas.config import SECTIONS
+
+TINY = """
+title = "Tiny"
+text = "For tests."
+os = "linux"
+[image]
+file = "tiny.qcow2"
+format = "qcow2"
+sha256 = "{digest}"
+[cpus]
+min = 1
+default = 1
+max = 2
+[memory_mib]
+min = 128
+default = 128
+max = 256
+[disk_gib]
+min = 1
+default = 1
+max = 2
+[access]
+users = ["*"]
+""".format(digest="0" * 64)
+KEY = "a-secret-key-of-at-least-32-characters"
+OTHER_KEY = "another-secret-key-of-32-characters-too"
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "catalogue").mkdir()
+    (tmp_path / "catalogue" / "tiny.toml").write_text(TINY)
+    path = tmp_path / "deskfleet.toml"
+    path.write_text(
+        f"""
+[portal]
+public_url = "http://localhost:8080"
+console_url = "ws://localhost:6080/console"
+broker_url = "amqp://portal:broker-password@localhost/"
+database = "sqlite:///{tmp_path}/portal.db"
+secret_key = "{KEY}"
+ticket_keys = ["{OTHER_KEY}"]
+admins = ["root"]
+auth = ["local"]
+[ledger]
+url = "sqlite:///{tmp_path}/ledger.db"
+[machines]
+catalogue = "{tmp_path}/catalogue"
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def run(config: Path) -> Run:
+    def call(*arguments: str, stdin: str = "") -> Result:
+        return CliRunner().invoke(main, [*arguments, "--config", str(config)], input=stdin)
+
+    return call
+
+
+@pytest.fixture
+def parts(config: Path, run: Run) -> Iterator[Services]:
+    assert run("migrate").exit_code == 0
+    for name, rights in (("ann", []), ("bob", []), ("root", ["--admin"])):
+        assert run("user", "add", name, *rights, stdin="long enough\n").exit_code == 0
+    settings = load(config, {"portal": PortalSchema()}, {}, SECTIONS)["portal"]
+    ledger = open_engine(f"sqlite:///{config.parent}/ledger.db", read_only=True)
+    harness = MemoryHarness()
+    made = build(settings, ledger, config.parent / "catalogue", harness.bus(), SystemClock(), lambda _: None)
+    yield made
+    harness.close()
+    made.store.close()
+    ledger.dispose()
+
+
+@pytest.fixture
+def portal(parts: Services) -> Iterator[str]:
+    """The address of a server with the API, guarded and refusing as the portal does."""
+    app = Flask("portal")
+    app.config["SECRET_KEY"] = KEY
+    app.extensions[EXTENSION] = parts
+    app.before_request(check_access)
+    api.register(app)
+
+    @app.errorhandler(Problem)
+    def refuse(problem: Problem) -> object:
+        body = jsonify(reason=problem.reason, message=problem.message, details=problem.details, reference="")
+        return body, problem.status
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def token(parts: Services, user: str) -> str:
+    return parts.logins.make_token(Identity(user, "local"), "test", 3600)[0]
+
+
+def remote(url: str, secret: str, *arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments), env={"DESKFLEET_URL": url, "DESKFLEET_TOKEN": secret})
+
+
+# --- on this machine ----------------------------------------------------------------------------------------
+
+
+def test_migrate_makes_both_databases_and_may_be_repeated(run: Run, config: Path) -> None:
+    for _ in range(2):
+        done = run("migrate")
+        assert (done.exit_code, done.stderr) == (0, "")
+    engine = open_engine(f"sqlite:///{config.parent}/ledger.db")
+    check_revision(engine)
+    engine.dispose()
+
+
+def test_without_migration_the_command_that_mends_it_is_named(run: Run) -> None:
+    done = run("user", "list")
+    assert done.exit_code == 1
+    assert "deskfleet migrate" in done.stderr
+
+
+def test_accounts_are_made_listed_and_shut(run: Run) -> None:
+    run("migrate")
+    assert run("user", "add", "ann", stdin="long enough\n").exit_code == 0
+    assert run("user", "add", "eve", "--admin", "--group", "staff", stdin="long enough\n").exit_code == 0
+    assert run("user", "disable", "ann").exit_code == 0
+    lines = [line.split() for line in run("user", "list").stdout.splitlines()]
+    assert lines == [
+        ["NAME", "RIGHTS", "STATE", "GROUPS"],
+        ["ann", "person", "disabled", "-"],
+        ["eve", "administrator", "enabled", "staff"],
+    ]
+    assert run("user", "enable", "ann").exit_code == 0
+    assert "ann   person         enabled" in run("user", "list").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "words"),
+    [
+        (("user", "add", "ann"), "long enough\n", "already"),
+        (("user", "add", "new"), "short\n", "at least 8"),
+        (("user", "add", "new"), "", "at least 8"),
+        (("user", "passwd", "nobody"), "long enough\n", "no account 'nobody'"),
+        (("user", "disable", "nobody"), "", "no account 'nobody'"),
+        (("token", "create", "nobody"), "", "no account 'nobody'"),
+    ],
+)
+def test_refusals_say_why(run: Run, arguments: tuple[str, ...], stdin: str, words: str) -> None:
+    run("migrate")
+    run("user", "add", "ann", stdin="long enough\n")
+    done = run(*arguments, stdin=stdin)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert words in done.stderr
+
+
+def test_a_token_is_printed_alone_and_ends_with_the_password(run: Run, parts: Services) -> None:
+    done = run("token", "create", "ann", "--days", "2")
+    secret = done.stdout.strip()
+    assert (done.exit_code, done.stdout) == (0, f"{secret}\n")
+    found = parts.logins.find_token(secret)
+    assert found is not None
+    assert found.user == "ann"
+    assert run("user", "passwd", "ann", stdin="another one\n").exit_code == 0
+    assert parts.logins.find_token(secret) is None
+
+
+def test_a_disabled_account_gets_no_token(run: Run, parts: Services) -> None:
+    run("user", "disable", "ann")
+    done = run("token", "create", "ann")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert parts.logins.tokens_of("ann") == []
+
+
+def test_changes_are_audited(run: Run, parts: Services) -> None:
+    run("user", "disable", "ann")
+    newest = parts.audit.newest(1)[0]
+    assert (newest.action, newest.target, newest.address) == ("account disabled", "ann", "command line")
+
+
+def test_config_check_names_every_fault(run: Run, config: Path) -> None:
+    assert run("config", "check").exit_code == 0
+    (config.parent / "catalogue" / "broken.toml").write_text("title = ")
+    done = run("config", "check")
+    assert done.exit_code == 1
+    assert "broken" in done.stderr
+    text = config.read_text().replace('auth = ["local"]', 'auth = ["magic"]').replace("[machines]", "[machines]\nx = 1")
+    config.write_text(text)
+    done = run("config", "check")
+    assert done.exit_code == 1
+    assert "portal.auth" in done.stderr
+    assert "machines.x" in done.stderr
+
+
+def test_config_show_hides_secrets(run: Run, config: Path) -> None:
+    config.write_text(config.read_text().replace("sqlite:///", "postgresql+psycopg://someone:database-password@db/"))
+    shown = run("config", "show").stdout
+    assert 'secret_key = "***"' in shown
+    assert 'ticket_keys = ["***"]' in shown
+    for secret in (KEY, OTHER_KEY, "broker-password", "database-password"):
+        assert secret not in shown
+
+
+# --- against a portal ---------------------------------------------------------------------------------------
+
+
+def test_a_desktop_is_launched_shown_listed_and_stopped(portal: str, parts: Services) -> None:
+    ann = token(parts, "ann")
+    done = remote(portal, ann, "launch", "tiny", "--cpus", "2", "--lifetime", "2h", "--persistent", "--json")
+    assert done.exit_code == 0, done.stderr
+    session = json.loads(done.stdout)
+    assert session["resources"]["cpus"] == 2
+    assert (session["lifetime_s"], session["persistent"], session["user"]) == (7200, True, "ann")
+    sid = session["sid"]
+    assert sid in remote(portal, ann, "list").stdout
+    assert "saved" in remote(portal, ann, "show", sid).stdout
+    assert remote(portal, ann, "open", sid).stdout == f"{portal}/desktops/{sid}\n"
+    assert remote(portal, ann, "stop", sid).exit_code == 0
+    shown = json.loads(remote(portal, ann, "show", sid, "--json").stdout)
+    assert (shown["state"], shown["outcome"], shown["reason"]) == ("ended", "cancelled", "stopped_by_user")
+
+
+def test_another_persons_desktop_is_as_unknown_as_none(portal: str, parts: Services) -> None:
+    session = json.loads(remote(portal, token(parts, "ann"), "launch", "tiny", "--json").stdout)
+    bob = token(parts, "bob")
+    for sid in (session["sid"], "f" * 32, "no-sid"):
+        for command in ("show", "open", "stop"):
+            done = remote(portal, bob, command, sid)
+            assert (done.exit_code, done.stdout) == (1, "")
+            assert "no_such_desktop" in done.stderr
+
+
+def test_the_same_request_is_the_same_desktop(portal: str, parts: Services) -> None:
+    headers = {"Authorization": f"Bearer {token(parts, 'ann')}"}
+    body = {"machine": "tiny", "sid": "a" * 32}
+    answers = [requests.post(f"{portal}/api/v1/sessions", json=body, headers=headers, timeout=60) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [202, 200]
+    assert len(remote(portal, token(parts, "ann"), "list").stdout.splitlines()) == 2
+
+
+def test_bad_requests_are_refused_with_every_fault(portal: str, parts: Services) -> None:
+    headers = {"Authorization": f"Bearer {token(parts, 'ann')}"}
+    body = {"machine": "tiny", "cpus": "two", "sid": "XYZ", "colour": "red"}
+    answer = requests.post(f"{portal}/api/v1/sessions", json=body, headers=headers, timeout=60)
+    content = answer.json()
+    assert (answer.status_code, content["reason"]) == (422, "bad_fields")
+    assert {line.split(":")[0] for line in content["details"]} == {"cpus", "sid", "colour"}
+    answer = requests.post(
+        f"{portal}/api/v1/sessions", data="{", headers={**headers, "Content-Type": "application/json"}, timeout=60
+    )
+    assert (answer.status_code, answer.json()["reason"]) == (400, "bad_request")
+
+
+def test_a_size_outside_the_range_is_refused_in_words(portal: str, parts: Services) -> None:
+    done = remote(portal, token(parts, "ann"), "launch", "tiny", "--cpus", "9", "--memory", "1")
+    assert done.exit_code == 1
+    for words in ("bad_resources", "CPUs: 9 is not between 1 and 2", "memory (MiB): 1"):
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize("command", [["hosts"], ["queues"], ["drain", "h1"], ["undrain", "h1"]])
+def test_the_fleet_is_for_administrators(portal: str, parts: Services, command: list[str]) -> None:
+    done = remote(portal, token(parts, "ann"), *command)
+    assert done.exit_code == 1
+    assert "not_allowed" in done.stderr
+
+
+def test_an_administrator_sees_the_fleet(portal: str, parts: Services) -> None:
+    root = token(parts, "root")
+    assert remote(portal, root, "hosts").stdout.startswith("HOST")
+    assert "scheduler.commands" in remote(portal, root, "queues").stdout
+    done = remote(portal, root, "drain", "h1")
+    assert done.exit_code == 1
+    assert "no_such_host" in done.stderr
+
+
+def test_a_token_makes_no_tokens(portal: str, parts: Services) -> None:
+    headers = {"Authorization": f"Bearer {token(parts, 'ann')}"}
+    answer = requests.post(f"{portal}/api/v1/tokens", json={"label": "more"}, headers=headers, timeout=60)
+    assert (answer.status_code, answer.json()["reason"]) == (403, "cookie_needed")
+    assert len(parts.logins.tokens_of("ann")) == 1
+
+
+def test_the_description_is_public_and_complete(portal: str) -> None:
+    spec = requests.get(f"{portal}/api/v1/openapi.json", timeout=60).json()
+    assert spec["openapi"].startswith("3.")
+    assert set(spec["paths"]["/api/v1/sessions"]) >= {"get", "post"}
+
+
+def test_a_wrong_token_is_refused(portal: str) -> None:
+    done = remote(portal, "dft_wrong", "list")
+    assert done.exit_code == 1
+    assert "not_logged_in" in done.stderr
+
+
+def test_no_portal_is_another_exit_status(tmp_path: Path) -> None:
+    done = remote("http://127.0.0.1:1", "dft_x", "list")
+    assert (done.exit_code, done.stdout) == (3, "")
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"), [("http://portal.example", "dft_x"), ("ftp://localhost", "dft_x"), ("http://localhost", "")]
+)
+def test_a_token_is_never_sent_in_the_clear_or_to_nowhere(url: str, secret: str) -> None:
+    assert remote(url, secret, "list").exit_code == 2
