@@ -7,7 +7,7 @@ is cancelled. Sending twice is harmless: the scheduler knows a request by its se
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
