@@ -1,0 +1,214 @@
+"""A whole portal without network: its own database, a ledger beside it, a broker in memory, a clock moved by hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support.bus_harness import TickingClock
+
+from deskfleet.ledger.engine import migrate, open_engine
+from deskfleet.ledger.reader import Reader
+from deskfleet.ledger.writer import Writer
+from deskfleet.portal.services import Services, build
+from deskfleet.portal.settings import PortalSchema, PortalSettings
+from deskfleet.portal.store import Store
+from deskfleet.runtime.memory_bus import MemoryBroker
+from deskfleet.schemas.host import Gpu, HostReport
+from deskfleet.schemas.messages import LaunchRequested, StopRequested, decode
+from deskfleet.schemas.session import Event, Outcome, Resources, Session, State, advance, place
+from deskfleet.schemas.topology import SCHEDULER_COMMANDS, core, for_host
+
+PASSWORD = "correct horse battery"
+KEY = "k" * 40
+MACHINE = """
+title = "{title}"
+text = "For tests."
+os = "linux"
+[image]
+file = "tiny.iso"
+format = "iso"
+sha256 = "{digest}"
+[cpus]
+min = 1
+default = 2
+max = 8
+[memory_mib]
+min = 512
+default = 1024
+max = 8192
+[disk_gib]
+min = 1
+default = 4
+max = 64
+[gpu]
+policy = "{gpu}"
+[access]
+users = {users}
+"""
+
+
+def settings(**changes: Any) -> PortalSettings:
+    """Settings as a file would give them."""
+    values: dict[str, Any] = {
+        "public_url": "http://127.0.0.1:8080",
+        "console_url": "ws://127.0.0.1:8090/console",
+        "broker_url": "amqp://portal:secret@127.0.0.1/",
+        "database": "sqlite:////nonexistent/portal.db",
+        "secret_key": KEY,
+        "ticket_keys": ["t" * 40],
+        "auth": ["local"],
+        "admins": ["root@example.org"],
+    }
+    loaded: PortalSettings = PortalSchema().load(values | changes)
+    return loaded
+
+
+def report(host: str, **changes: Any) -> HostReport:
+    """A healthy host's heartbeat."""
+    values: dict[str, Any] = {
+        "host": host,
+        "incarnation": "i",
+        "seq": 1,
+        "boot_id": "b",
+        "last_generation": 0,
+        "fenced": False,
+        "console": "10.0.0.1:6080",
+        "accel": "kvm",
+        "cpus": 8,
+        "memory_mib": 32768,
+        "load1": 1.5,
+        "memory_free_mib": 20000,
+        "disk_mib": 500_000,
+        "disk_free_mib": 400_000,
+        "gpus": (Gpu("0000:01:00.0", "Tesla", 1, ("0000:01:00.0",), True),),
+        "version": "1",
+    }
+    return HostReport(**values | changes)
+
+
+class World:
+    """A portal and what stands around it. `portal` is what create_app() takes."""
+
+    def __init__(self, folder: Path, database: str = "", **changes: Any) -> None:
+        self.clock = TickingClock()
+        self.database = database or f"sqlite:///{folder}/portal.db"
+        self.ledger_url = f"sqlite:///{folder}/ledger.db"
+        self.ledger = open_engine(self.ledger_url)
+        migrate(self.ledger)
+        self._reading = open_engine(self.ledger_url, read_only=True)
+        store = Store(self.database)
+        store.migrate()
+        store.close()
+        self.catalogue = folder / "machines"
+        self.catalogue.mkdir()
+        self.machine("desktop")
+        self.broker = MemoryBroker(random.Random(1), self.clock)
+        self.broker.declare(core() + for_host("h1"))
+        self.bus = self.broker.connect("portal", lambda action: action())
+        self.deferred: list[Callable[[], None]] = []
+        self.portal = self.build(**changes)
+        self.bus.start()
+        self.writer = Writer(self.ledger)
+        self.reader = Reader(self.ledger)
+
+    def build(self, **changes: Any) -> Services:
+        """Another portal process on the same databases and broker."""
+        return build(
+            settings(database=self.database, **changes),
+            self._reading,
+            self.catalogue,
+            self.bus,
+            self.clock,
+            self.deferred.append,
+        )
+
+    def close(self) -> None:
+        """Give files and connections back."""
+        self.bus.stop()
+        self.portal.store.close()
+        self._reading.dispose()
+        self.ledger.dispose()
+
+    def machine(self, name: str, title: str = "Linux desktop", gpu: str = "never", users: str = '["*"]') -> None:
+        """Put a machine into the catalogue."""
+        text = MACHINE.format(title=title, gpu=gpu, users=users, digest="ab" * 32)
+        (self.catalogue / f"{name}.toml").write_text(text)
+
+    def run_deferred(self) -> None:
+        """Run what the portal put off to its own thread."""
+        todo, self.deferred[:] = list(self.deferred), []
+        for action in todo:
+            action()
+
+    def tick(self, seconds: float = 0.0) -> None:
+        """Let time pass, then sweep as the portal's thread does."""
+        self.clock.now += seconds
+        self.run_deferred()
+        self.portal.outbox.sweep()
+        self.run_deferred()
+
+    def sent(self) -> list[LaunchRequested | StopRequested]:
+        """What waits for the scheduler, oldest first."""
+        messages = [decode(m.type, m.body) for m in self.broker.pending(SCHEDULER_COMMANDS)]
+        return [m for m in messages if isinstance(m, LaunchRequested | StopRequested)]
+
+    # What the scheduler would write.
+
+    def session(self, sid: str, user: str, state: State = State.RUNNING, **changes: Any) -> Session:
+        """A session in the ledger that came to `state` by the ordinary way on host h1."""
+        now = self.clock.wall()
+        values: dict[str, Any] = {
+            "machine": "desktop",
+            "resources": Resources(2, 1024, 4),
+            "persistent": False,
+            "lifetime_s": 3600,
+            "wait_s": 600,
+            "created_at": now,
+            "changed_at": now,
+        }
+        session = Session(sid=sid, user=user, **values | changes)
+        with self.writer.begin() as tx:
+            tx.add_host("h1")
+            tx.add(session)
+        way = {
+            State.QUEUED: [],
+            State.ASSIGNED: [Event.PLACE],
+            State.STARTING: [Event.PLACE, Event.ACCEPTED],
+            State.RUNNING: [Event.PLACE, Event.ACCEPTED, Event.READY],
+            State.STOPPING: [Event.PLACE, Event.ACCEPTED, Event.READY, Event.STOP],
+            State.ENDED: [Event.PLACE, Event.ACCEPTED, Event.READY, Event.GONE],
+        }
+        for event in way[state]:
+            session = self.step(session, event)
+        return session
+
+    def step(self, before: Session, event: Event) -> Session:
+        """Let one thing happen to a session."""
+        ends = event in (Event.GONE, Event.STOP)
+        with self.writer.begin() as tx:
+            if event is Event.PLACE:
+                after = place(before, "h1", tx.claim("h1", tx.hosts()[0].generation))
+            else:
+                after = advance(before, event, outcome=Outcome.STOPPED if ends else None)
+            tx.save(before, after, event)
+        return after
+
+    def take_up(self) -> None:
+        """The scheduler records every launch that waits in its queue."""
+        while self.broker.pending(SCHEDULER_COMMANDS):
+            message = decode(*_parts(self.broker.drop(SCHEDULER_COMMANDS)))
+            if isinstance(message, LaunchRequested):
+                self.session(message.sid, message.user, State.QUEUED, resources=message.resources)
+
+    def host(self, name: str = "h1", seen_ago: float = 1.0, **changes: Any) -> None:
+        """A host that reported some seconds ago."""
+        with self.writer.begin() as tx:
+            tx.add_host(name)
+            tx.save_reports([(report(name, **changes), self.clock.wall() - seen_ago)])
+
+
+def _parts(pending: Any) -> tuple[str, bytes]:
+    return pending.type, pending.body
