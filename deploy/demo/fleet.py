@@ -205,6 +205,10 @@ class Fleet:
                 line = ["deskfleet", "user", "add", name, *rights, "--config", self._settings("portal")]
                 self._command(*line, stdin=f"{password}\n")
 
+    def token(self, user: str) -> str:
+        """A new access token of an account."""
+        return self._command("deskfleet", "token", "create", user, "--config", self._settings("portal")).strip()
+
     def _make_services(self) -> None:
         for name in ("scheduler", *(login(host) for host in self.hosts), "proxy", "portal"):
             program = f"deskfleet-{name.split('-')[0]}"

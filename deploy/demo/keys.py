@@ -28,6 +28,10 @@ class Keys:
             temporary.rename(self._file)
         return self._known[name]
 
+    def values(self) -> list[str]:
+        """Every secret, to look for where none may be."""
+        return list(self._known.values())
+
     @property
     def ca(self) -> Path:
         """The certificate that signs hosts and proxies; made when it is not there."""
