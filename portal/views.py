@@ -1,206 +1,165 @@
-"""The pages that people use: log in, launch, watch it start, open its screen, stop it."""
+"""The pages that people use: sign in, launch, progress, my desktops, the desktop itself."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
-from flask import Blueprint, make_response, redirect, render_template, request, url_for
-from werkzeug.wrappers import Response
+from flask import Blueprint, Response, make_response, redirect, render_template, request, url_for
+from werkzeug.wrappers import Response as WerkzeugResponse
 
 from deskfleet.portal import actions
-from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.launching import Wish, lifetimes, offered
 from deskfleet.portal.services import services
 from deskfleet.portal.web import own_desktop, person, public, someone
+from deskfleet.portal.words import ladder
 from deskfleet.schemas.machine import GpuPolicy, Machine
+from deskfleet.schemas.tickets import SID
 
 pages = Blueprint("pages", __name__)
 
-#: What a page answers: a text, with a status if it is not 200, or a whole response.
-Page = str | tuple[str, int] | tuple[str, int, dict[str, str]] | Response
-
-_SID = re.compile(r"[0-9a-f]{32}")
-_NUMBER = re.compile(r"[0-9]{1,9}")
-_ANY_GPU = "any"
-# The time in which most desktops start; a person who watches should see each step as it happens.
-_CLOSE_WATCH_S = 3.0
+#: How long after the click the progress page asks often: a desktop is usually there before that.
+_IMPATIENT_S = 3.0
+_NEXT = re.compile(r"/(?![/\\])[^\s\\]*")
 
 
-def checked(sid: str) -> str:
-    """A session id out of an address. Raises Problem when it can't be one."""
-    if not _SID.fullmatch(sid):
+def _checked(sid: str) -> str:
+    if not SID.fullmatch(sid):
         raise Problem(Refused.NO_SUCH_DESKTOP)
     return sid
 
 
-def local(target: str) -> str:
-    """Where to go after the login: an address on this portal, or the start page.
-
-    Browsers read a backslash as a slash and drop tabs and line ends (URL Standard, 4.4), so none of these may be in it.
-    """
-    plain = target.isascii() and target.isprintable() and not set(target) & {"\\", " "}
-    return target if plain and target.startswith("/") and not target.startswith("//") else "/"
-
-
 @pages.get("/")
-def start() -> Response:
-    """Nothing lives here."""
-    return redirect(url_for("pages.machines"))
+def home() -> WerkzeugResponse:
+    return redirect(url_for("pages.launch"))
 
 
 @pages.route("/login", methods=["GET", "POST"])
 @public
-def login() -> Page:
-    """Ask for name and password."""
-    target = local(request.values.get("next", "/"))
+def login() -> WerkzeugResponse | str | tuple[str, int]:
+    wanted = request.values.get("next", "")
+    target = wanted if _NEXT.fullmatch(wanted) else "/"
     if request.method == "GET":
         return redirect(target) if someone() else render_template("login.html", next=target)
-    user = request.form.get("user", "").strip()
     try:
-        actions.log_in(user, request.form.get("password", ""))
+        actions.log_in(request.form.get("user", ""), request.form.get("password", ""))
     except Problem as problem:
-        text = render_template("login.html", next=target, user=user, problem=problem)
-        return text, int(problem.status), {"Retry-After": str(problem.wait_s)} if problem.wait_s else {}
-    return redirect(target, 303)
+        text = render_template("login.html", next=target, problem=problem, user=request.form.get("user", ""))
+        return text, int(problem.status)
+    return redirect(target)
 
 
 @pages.post("/logout")
-def logout() -> Response:
-    """End the login."""
+def logout() -> WerkzeugResponse:
     actions.log_out()
-    return redirect(url_for("pages.login"), 303)
+    return redirect(url_for("pages.login"))
 
 
 @pages.get("/launch")
-def machines() -> Page:
-    """What the person may start."""
+def launch() -> str:
     return render_template("launch.html", machines=offered(services().catalogue.machines(), person()))
 
 
-@pages.route("/launch/<name>", methods=["GET", "POST"])
-def machine(name: str) -> Page:
-    """The launch form of a machine, and what it sends."""
-    parts, who = services(), person()
-    entry = parts.catalogue.machines().get(name)
-    if entry is None or not entry.allows(who.user, who.groups):
+def _machine(name: str) -> Machine:
+    machine = services().catalogue.machines().get(name)
+    who = person()
+    if machine is None or not machine.allows(who.user, who.groups):
         raise Problem(Refused.UNKNOWN_MACHINE)
-    if request.method == "GET":
-        return _form(entry, parts.seals.mint(who.user, name))
-    seal = request.form.get("seal", "")
-    try:
-        sid = parts.seals.open(seal, who.user, name)
-        actions.launch(_wish(name, request.form), sid, "page")
-    except Problem as problem:
-        if problem.reason in (Refused.STALE_FORM, Refused.SID_TAKEN):
-            seal = parts.seals.mint(who.user, name)
-        return _form(entry, seal, problem), int(problem.status)
-    return redirect(url_for("pages.progress", sid=sid), 303)
+    return machine
 
 
-def _form(entry: Machine, seal: str, problem: Problem | None = None) -> str:
-    settings = services().settings
+def _form(machine: Machine, problem: Problem | None = None) -> str:
+    parts = services()
     return render_template(
         "machine.html",
-        machine=entry,
-        seal=seal,
+        machine=machine,
+        seal=parts.seals.mint(person().user, machine.name),
+        sizes={
+            "cpus": ladder(machine.cpus.min, machine.cpus.default, machine.cpus.max),
+            "memory_mib": ladder(machine.memory_mib.min, machine.memory_mib.default, machine.memory_mib.max),
+            "disk_gib": ladder(machine.disk_gib.min, machine.disk_gib.default, machine.disk_gib.max),
+        },
+        gpus={GpuPolicy.NEVER: [], GpuPolicy.OPTIONAL: [0, 1], GpuPolicy.REQUIRED: [1]}[machine.gpu],
+        lifetimes=lifetimes(parts.settings),
+        lifetime=parts.settings.lifetime_default_s,
         problem=problem,
-        filled=request.form,
-        lifetimes=lifetimes(settings),
-        lifetime_default_s=settings.lifetime_default_s,
-        gpu_never=GpuPolicy.NEVER,
-        gpu_required=GpuPolicy.REQUIRED,
-        any_gpu=_ANY_GPU,
     )
 
 
-def _wish(name: str, form: Mapping[str, str]) -> Wish:
-    """What the form asks for. A field that was not sent means the default; one that is no number is a fault."""
-    wrong = []
-    numbers: dict[str, int | None] = {}
-    for field in ("cpus", "memory_mib", "disk_gib", "lifetime_s"):
-        text = form.get(field)
-        if text is not None and not _NUMBER.fullmatch(text):
-            wrong.append(f"{field}: must be a whole number")
-        else:
-            numbers[field] = None if text is None else int(text)
-    if form.get("persistent", "0") not in ("0", "1"):
-        wrong.append("persistent: must be 0 or 1")
-    if wrong:
-        raise Problem(Refused.BAD_FIELDS, details=wrong)
-    gpu = form.get("gpu")
-    return Wish(
-        machine=name,
-        cpus=numbers["cpus"],
-        memory_mib=numbers["memory_mib"],
-        disk_gib=numbers["disk_gib"],
-        gpus=None if gpu is None else int(bool(gpu)),
-        gpu_model="" if gpu in (None, _ANY_GPU) else gpu,
-        persistent=form.get("persistent") == "1",
-        lifetime_s=numbers["lifetime_s"],
-    )
+def _number(name: str) -> int | None:
+    text = request.form.get(name, "")
+    if not text:
+        return None
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise Problem(Refused.BAD_FIELDS, details=[f"{name}: must be a number"])
+    return int(text)
+
+
+@pages.route("/launch/<name>", methods=["GET", "POST"])
+def machine(name: str) -> WerkzeugResponse | str | tuple[str, int]:
+    wanted = _machine(name)
+    if request.method == "GET":
+        return _form(wanted)
+    try:
+        sid = services().seals.open(request.form.get("seal", ""), person().user, name)
+        wish = Wish(
+            machine=name,
+            cpus=_number("cpus"),
+            memory_mib=_number("memory_mib"),
+            disk_gib=_number("disk_gib"),
+            gpus=_number("gpus"),
+            persistent=request.form.get("persistent") == "yes",
+            lifetime_s=_number("lifetime_s"),
+        )
+        actions.launch(wish, sid, "page")
+    except Problem as problem:
+        return _form(wanted, problem), int(problem.status)
+    return redirect(url_for("pages.progress", sid=sid))
 
 
 @pages.get("/progress/<sid>")
-def progress(sid: str) -> Page:
-    """How a desktop gets on; its screen as soon as there is one."""
-    desktop = own_desktop(checked(sid))
+def progress(sid: str) -> WerkzeugResponse | str:
+    desktop = own_desktop(_checked(sid))
     if desktop.running:
         return redirect(url_for("pages.desktop", sid=sid))
-    return render_template("progress.html", **_progress(desktop))
+    return render_template("progress.html", story=services().desktops.story(desktop), pause="150ms")
 
 
 @pages.get("/progress/<sid>/part")
-def progress_part(sid: str) -> Page:
-    """The part of the progress page that changes."""
-    desktop = own_desktop(checked(sid))
-    response = make_response(render_template("_progress.html", **_progress(desktop)))
+def progress_part(sid: str) -> Response:
+    desktop = own_desktop(_checked(sid))
+    parts = services()
+    fresh = parts.clock.wall() - desktop.created_at < _IMPATIENT_S
+    story = parts.desktops.story(desktop)
+    response = make_response(render_template("_progress.html", story=story, pause="150ms" if fresh else "1s"))
     if desktop.running:
         response.headers["HX-Redirect"] = url_for("pages.desktop", sid=sid)
     return response
 
 
-def _progress(desktop: Desktop) -> dict[str, object]:
-    story = services().desktops.story(desktop)
-    fresh = services().clock.wall() - desktop.created_at < _CLOSE_WATCH_S
-    return {"story": story, "desktop": story.desktop, "poll": "150ms" if fresh else "1s"}
-
-
 @pages.get("/desktops")
-def desktops() -> Page:
-    """The person's desktops."""
-    return render_template("desktops.html", **_own())
+def desktops() -> str:
+    found, sure = services().desktops.of_user(person().user)
+    return render_template("desktops.html", desktops=found, sure=sure)
 
 
 @pages.get("/desktops/part")
-def desktops_part() -> Page:
-    """The part of the list that changes."""
-    return render_template("_desktops.html", **_own())
-
-
-def _own() -> dict[str, object]:
+def desktops_part() -> str:
     found, sure = services().desktops.of_user(person().user)
-    return {
-        "live": [desktop for desktop in found if not desktop.over],
-        "history": [desktop for desktop in found if desktop.over],
-        "sure": sure,
-    }
+    return render_template("_desktops.html", desktops=found, sure=sure)
 
 
 @pages.post("/desktops/<sid>/stop")
-def stop(sid: str) -> Response:
-    """Stop a desktop."""
-    actions.stop(checked(sid))
-    return redirect(url_for("pages.desktops"), 303)
+def stop(sid: str) -> WerkzeugResponse:
+    actions.stop(_checked(sid))
+    return redirect(url_for("pages.desktops"))
 
 
 @pages.get("/desktop/<sid>")
-def desktop(sid: str) -> Page:
-    """The screen of a desktop."""
-    found = own_desktop(checked(sid))
-    if found.waiting:
-        return redirect(url_for("pages.progress", sid=sid))
-    if not found.running:
+def desktop(sid: str) -> WerkzeugResponse | str:
+    found = own_desktop(_checked(sid))
+    if found.over:
         return redirect(url_for("pages.desktops"))
+    if not found.running and found.state != "stopping":
+        return redirect(url_for("pages.progress", sid=sid))
     return render_template("desktop.html", desktop=found)

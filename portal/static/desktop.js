@@ -1,147 +1,104 @@
-// The screen of a desktop: noVNC over a WebSocket that is opened with a fresh ticket each time and reopened by itself.
-
+// The desktop in the browser. Where to connect comes from the server alone, with a fresh ticket each time; nothing in
+// the page's address is looked at.
 import RFB from "./vendor/novnc/core/rfb.js";
 
-const PAUSES_S = [0.3, 1, 2, 4, 5]; // before each try in a row; the last one repeats
-const OPEN_WITHIN_MS = 15000;
-const QUIET_MS = 5000; // without a message for so long, ask for one
-const ANSWER_WITHIN_MS = 4000;
-// FramebufferUpdateRequest, not incremental, of one pixel: a server must answer it (RFC 6143, 7.5.3).
-const PROBE = new Uint8Array([3, 0, 0, 0, 0, 0, 0, 1, 0, 1]);
-const FINAL = new Set([400, 403, 404, 422]);
-
 const page = document.body.dataset;
-const csrf = document.querySelector("meta[name=csrf-token]").content;
+const state = document.getElementById("state");
 const screen = document.getElementById("screen");
-const stateLine = document.getElementById("state");
-const message = document.getElementById("message");
-const fit = document.getElementById("fit");
-const ctrlAltDel = document.getElementById("ctrl-alt-del");
+const csrf = document.querySelector('meta[name="csrf-token"]').content;
+const PAUSES_MS = [300, 1000, 2000, 4000, 5000];
+const QUIET_MS = 4000; // so long without a byte, and the other side is asked for one
+const DEAD_MS = 4000; // so long without an answer, and the connection counts as cut
+// RFC 6143, 7.5.3: FramebufferUpdateRequest, not incremental, one pixel at 0,0: any live server answers it.
+const PROBE = new Uint8Array([3, 0, 0, 0, 0, 0, 0, 1, 0, 1]);
 
-let link = null; // the present connection: {rfb, socket, connected, heardAt, probedAt, openedAt}
+let rfb = null;
 let failures = 0;
-let over = false;
+let fit = true;
 
-function show(state, text) {
-  stateLine.dataset.state = state;
-  stateLine.textContent = text;
-  ctrlAltDel.disabled = state !== "connected";
+function show(name, text) {
+  state.dataset.state = name;
+  state.textContent = text;
 }
 
 function end(text) {
-  over = true;
-  show("ended", "Ended");
-  message.querySelector("p").textContent = text;
-  message.hidden = false;
+  show("ended", text);
+}
+
+async function ticket() {
+  const answer = await fetch(page.ticket, { method: "POST", headers: { "X-CSRFToken": csrf }, redirect: "manual" });
+  if (answer.status === 401) {
+    location.assign(page.login);
+    return null;
+  }
+  const body = await answer.json();
+  if (answer.ok) return body;
+  if (body.reason === "ended" || body.reason === "no_such_desktop" || body.reason === "stale_form") {
+    end(body.message);
+    return null;
+  }
+  throw new Error(body.message);
 }
 
 function again(text) {
-  if (over) return;
-  const pause = PAUSES_S[Math.min(failures, PAUSES_S.length - 1)];
-  failures += 1;
-  show("reconnecting", text);
-  setTimeout(connect, pause * 1000);
-}
-
-/** A fresh ticket; null when there is none, and what follows from that was begun. */
-async function fetchTicket() {
-  let response;
-  let body;
-  try {
-    response = await fetch(page.ticketUrl, {
-      method: "POST",
-      headers: { "X-CSRFToken": csrf, Accept: "application/json" },
-      signal: AbortSignal.timeout(OPEN_WITHIN_MS),
-    });
-    body = await response.json();
-  } catch {
-    again("The portal does not answer; trying again…");
-    return null;
-  }
-  if (response.ok) return body;
-  if (response.status === 401) {
-    over = true;
-    location.assign(page.loginUrl);
-  } else if (body.reason === "ended" || FINAL.has(response.status)) {
-    end(body.message);
-  } else {
-    again(body.message);
-  }
-  return null;
+  const pause = PAUSES_MS[Math.min(failures++, PAUSES_MS.length - 1)];
+  show("reconnecting", text || "The connection was lost; trying again …");
+  setTimeout(connect, pause);
 }
 
 async function connect() {
-  const ticket = await fetchTicket();
-  if (!ticket) return;
-  // Opened here and not by noVNC, so that a connection that was cut silently can be noticed and dropped.
-  const socket = new WebSocket(`${ticket.console_url}?ticket=${encodeURIComponent(ticket.ticket)}`, ["binary"]);
-  const rfb = new RFB(screen, socket);
-  const now = performance.now();
-  const mine = { rfb, socket, connected: false, openedAt: now, heardAt: now, probedAt: null };
-  link = mine;
-  rfb.scaleViewport = fit.getAttribute("aria-pressed") === "true";
+  let right;
+  try {
+    right = await ticket();
+  } catch (error) {
+    return again(error.message);
+  }
+  if (!right) return undefined;
+  const socket = new WebSocket(`${right.console_url}?ticket=${encodeURIComponent(right.ticket)}`, ["binary"]);
+  socket.binaryType = "arraybuffer";
+  screen.replaceChildren();
+  rfb = new RFB(screen, socket);
+  rfb.scaleViewport = fit;
   rfb.resizeSession = true;
-  rfb.focusOnClick = true;
-  socket.addEventListener("message", () => {
-    mine.heardAt = performance.now();
-    mine.probedAt = null;
-  });
+  let heard = Date.now();
+  let asked = 0;
+  let up = false;
+  socket.addEventListener("message", () => { heard = Date.now(); asked = 0; });
+  const watch = setInterval(() => {
+    const now = Date.now();
+    if (up && asked && now - asked > DEAD_MS) {
+      socket.close();
+      finish();
+    } else if (up && !asked && now - heard > QUIET_MS) {
+      asked = now;
+      socket.send(PROBE);
+    }
+  }, 1000);
+  let finished = false;
+  function finish() {
+    if (finished) return;
+    finished = true;
+    clearInterval(watch);
+    again();
+  }
   rfb.addEventListener("connect", () => {
-    if (link !== mine) return;
-    mine.connected = true;
+    up = true;
     failures = 0;
     show("connected", "Connected");
     rfb.focus();
   });
-  rfb.addEventListener("disconnect", () => drop(mine));
+  rfb.addEventListener("disconnect", finish);
+  return undefined;
 }
 
-/** Give a connection up and try for a new one; events of one that was given up before change nothing. */
-function drop(which) {
-  if (link !== which) return;
-  link = null;
-  again(which.connected ? "The connection was lost; connecting again…" : "No connection yet; trying again…");
-}
-
-function cut(which) {
-  drop(which); // first: closing a dead connection takes long, and nobody should wait for it
-  which.rfb.disconnect();
-}
-
-function watch() {
-  if (!link || document.visibilityState !== "visible") return;
-  const now = performance.now();
-  if (!link.connected) {
-    if (now - link.openedAt > OPEN_WITHIN_MS) cut(link);
-  } else if (link.probedAt !== null) {
-    if (now - link.probedAt > ANSWER_WITHIN_MS) cut(link);
-  } else if (now - link.heardAt > QUIET_MS && link.socket.readyState === WebSocket.OPEN) {
-    link.socket.send(PROBE);
-    link.probedAt = now;
-  }
-}
-
-fit.addEventListener("click", () => {
-  const scaled = fit.getAttribute("aria-pressed") !== "true";
-  fit.setAttribute("aria-pressed", String(scaled));
-  fit.textContent = scaled ? "Fit" : "100 %";
-  if (link) {
-    link.rfb.scaleViewport = scaled;
-    link.rfb.focus();
-  }
+document.getElementById("keys").addEventListener("click", () => { if (rfb) rfb.sendCtrlAltDel(); });
+document.getElementById("full").addEventListener("click", () => {
+  if (document.fullscreenElement) document.exitFullscreen();
+  else document.documentElement.requestFullscreen();
 });
-
-ctrlAltDel.addEventListener("click", () => {
-  if (!link) return;
-  link.rfb.sendCtrlAltDel();
-  link.rfb.focus();
+document.getElementById("fit").addEventListener("click", (event) => {
+  fit = !fit;
+  event.target.setAttribute("aria-pressed", String(fit));
+  if (rfb) rfb.scaleViewport = fit;
 });
-
-document.getElementById("full-screen").addEventListener("click", async () => {
-  if (document.fullscreenElement) await document.exitFullscreen();
-  else await document.documentElement.requestFullscreen();
-  if (link) link.rfb.focus();
-});
-
-setInterval(watch, 1000);
 connect();
