@@ -301,6 +301,8 @@ class Fleet:
         if self.broker:
             self.broker.stop()
         (self.state / "running.json").unlink(missing_ok=True)
+        if self._lock:
+            self._lock.close()
 
     def leftovers(self) -> list[str]:
         """What is still there that a stopped fleet must not leave: processes, overlays, sockets."""

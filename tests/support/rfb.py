@@ -62,6 +62,7 @@ class WebSocketStream:
             open_timeout=LIMIT,
             ssl=context,
             proxy=None,
+            legacy=True,  # a plain connection, closed by close()
         )
         self._rest = b""
 
