@@ -37,7 +37,7 @@ log = logging.getLogger("deskfleet.proxy")
 
 PATH = "/console"
 #: A peer that was told that nothing more comes, and does not end its side, is cut off after this long.
-HALF_CLOSE_S = 2.0
+HALF_CLOSE_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,10 +1,8 @@
 """A non-blocking TLS client with the few methods of a socket that the relay uses.
 
-It drives an `ssl.SSLObject` over memory buffers. `ssl.SSLSocket` was rejected: it waits for writability in a read, or
-the other way round, where this has one place for bytes that the kernel has not taken.
-
-It has no half close: Python's ssl can't send close_notify without looking for the peer's in the same call, which loses
-what is on its way (seen).
+It drives an `ssl.SSLObject` over memory buffers. `ssl.SSLSocket` was rejected: it can't send close_notify without
+reading from the kernel in the same call, which loses data that is on its way, so it has no half close; and it waits for
+writability in a read, or the other way round, where this has one place for bytes that the kernel has not taken.
 """
 
 from __future__ import annotations
@@ -127,6 +125,14 @@ class TlsSocket:
             if self._unsent:
                 raise BlockingIOError
 
+    def end_writing(self) -> None:
+        """Half close: tell the peer that nothing more comes (close_notify), and read on."""
+        # OpenSSL sends it and then looks for the peer's, which is not here: nothing undecrypted is ever left.
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self._tls.unwrap()
+        with contextlib.suppress(BlockingIOError):
+            self.flush()
+
     def _fill(self) -> int:
         count = self._sock.recv_into(_cipher)
         self._ended = not count
@@ -135,12 +141,13 @@ class TlsSocket:
 
     def _decrypt(self, buffer: memoryview, count: int) -> int:
         try:
-            while True:
-                # With a buffer it returns a count, which its type does not know; 0 after close_notify.
-                got = int(self._tls.read(len(buffer) - count, buffer[count:]))
-                if not got:
-                    self._ended = True
-                    return count
+            # With a buffer it returns a count, which its type does not know. The peer's close_notify is a count of 0,
+            # or, when ours has been sent before, an SSLZeroReturnError.
+            while got := int(self._tls.read(len(buffer) - count, buffer[count:])):
                 count += got
         except ssl.SSLWantReadError:
             return count
+        except ssl.SSLZeroReturnError:
+            pass
+        self._ended = True
+        return count

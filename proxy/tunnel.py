@@ -127,7 +127,8 @@ class _TlsLeg(_Leg):
         self.watch()
 
     def end_writing(self) -> None:
-        """The host learns it when the tunnel closes, which is soon: see tls.py for why there is no half close."""
+        self.sock.end_writing()
+        self.watch()
 
 
 class _Pump:
