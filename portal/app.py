@@ -17,8 +17,9 @@ from sqlalchemy.exc import DBAPIError
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WerkzeugResponse
 
-from deskfleet.portal import api, words
+from deskfleet.portal import words
 from deskfleet.portal.admin import admin
+from deskfleet.portal.api import register as register_api
 from deskfleet.portal.errors import ANSWERS, Problem, Refused
 from deskfleet.portal.services import EXTENSION, Services, services
 from deskfleet.portal.views import pages
@@ -50,7 +51,7 @@ def create_app(parts: Services) -> Flask:
         PERMANENT_SESSION_LIFETIME=timedelta(seconds=settings.login_s),
         WTF_CSRF_CHECK_DEFAULT=False,  # checked below, once it is known how the caller proves who it is
         WTF_CSRF_TIME_LIMIT=None,  # it ends with the login
-        WTF_CSRF_SSL_STRICT=True,
+        WTF_CSRF_SSL_STRICT=False,  # it wants a Referer, and our pages tell nobody where people come from
         SEND_FILE_MAX_AGE_DEFAULT=timedelta(days=365),
     )
     app.extensions[EXTENSION] = parts
@@ -65,7 +66,7 @@ def create_app(parts: Services) -> Flask:
     app.after_request(_headers)
     app.register_blueprint(pages)
     app.register_blueprint(admin)
-    api.register(app)
+    register_api(app)
     _errors(app)
 
     @app.context_processor
@@ -103,7 +104,10 @@ def _headers(response: Response) -> Response:
     response.headers["Cross-Origin-Opener-Policy"] = "same-origin"
     if settings.secure:
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
-    if request.endpoint != "static":
+    if request.endpoint == "static":
+        if "v" not in request.args:  # a module that another one imports: no hash in its address, so it is asked again
+            response.headers["Cache-Control"] = "no-cache"
+    else:
         # Every answer may depend on who asks; no cache in between may hand it to another.
         response.headers["Cache-Control"] = "no-store"
         response.headers["Vary"] = "Cookie, Authorization"
