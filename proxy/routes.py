@@ -60,20 +60,31 @@ class _Announced:
 class RouteTable:
     """The routes of one proxy process. Times are seconds of a monotonic clock, given by the caller.
 
-    A host that falls silent keeps its routes for `keep_s`: it may well be alive, and dialling decides. For the first
-    `settle_s` the table is not `settled`, as a heartbeat of each host has yet to come.
+    A host that falls silent keeps its routes for `keep_s`: it may well be alive, and dialling decides. Until `settle_s`
+    after the bus was connected a heartbeat of each host has yet to come.
     """
 
     keep_s: float
     settle_s: float
-    started_at: float
+    _first_listening: float | None = None
+    _listening: float | None = None
     _hosts: dict[str, _Host] = field(default_factory=dict)
     _claims: dict[str, set[str]] = field(default_factory=dict)
     _announced: dict[str, _Announced] = field(default_factory=dict)
 
+    def listening(self, now: float) -> None:
+        """The bus is connected, for the first time or again."""
+        self._listening = now
+        if self._first_listening is None:
+            self._first_listening = now
+
     def settled(self, now: float) -> bool:
-        """Whether every live host has had the time for a heartbeat."""
-        return now - self.started_at >= self.settle_s
+        """Whether every live host has had the time for a heartbeat since the bus was connected."""
+        return self._listening is not None and now - self._listening >= self.settle_s
+
+    def ready(self, now: float) -> bool:
+        """Whether that was so once. Later the bus may be away for a while; the routes stay."""
+        return self._first_listening is not None and now - self._first_listening >= self.settle_s
 
     @property
     def size(self) -> tuple[int, int]:

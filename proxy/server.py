@@ -19,9 +19,10 @@ from deskfleet.proxy.dial import Dialler
 from deskfleet.proxy.gate import Admission, Gate
 from deskfleet.proxy.handshake import MAX_HEAD, HostHandshake, complete, switching
 from deskfleet.proxy.refusals import Refusal, Refused, answer
-from deskfleet.proxy.routes import Route, RouteTable
+from deskfleet.proxy.routes import RouteTable
 from deskfleet.proxy.stats import Stats
 from deskfleet.proxy.tunnel import Ending, Relay, Tunnel, tune
+from deskfleet.runtime.log import context
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Server:
         self._tunnels: dict[str, set[Tunnel]] = {}
 
     def listen(self, host: str, port: int) -> int:
-        """Start accepting on an address (a literal, IPv4 or IPv6, zone allowed); return the port.
+        """Start accepting on an address (a literal, IPv4 or IPv6, zone allowed; [::] means both); return the port.
 
         With SO_REUSEPORT a new process can take over while the old one drains.
         """
@@ -79,7 +80,7 @@ class Server:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(address)
         listener.listen(BACKLOG)
         self._listeners.append(listener)
@@ -107,11 +108,11 @@ class Server:
             listener.close()
         self._listeners.clear()
 
-    async def drain(self, seconds: float) -> None:
-        """After `stop_accepting`: let consoles live until they end by themselves, at most for `seconds`."""
+    async def drain(self, seconds: float, hurry: asyncio.Event) -> None:
+        """After `stop_accepting`: let consoles live until they end by themselves, `seconds` have passed, or `hurry`."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self._tasks or self._tunnels:
+                while (self._tasks or self._tunnels) and not hurry.is_set():
                     await asyncio.sleep(0.05)
         for task in self._tasks:
             task.cancel()
@@ -176,8 +177,8 @@ class Server:
             handed_over = True
         except Refusal as refusal:
             self._stats.refused[refusal.reason] += 1
-            sid = admission.ticket.sid if admission else "-"
-            log.info("refused %s: %s", peer, refusal, extra={"reason": refusal.reason.value, "sid": sid})
+            with context(sid=admission.ticket.sid if admission else None):
+                log.info("refused %s: %s", peer, refusal)
             self._waiting[task] = None
             await self._say(sock, answer(refusal))
         except OSError:
@@ -230,7 +231,8 @@ class Server:
         tunnel = Tunnel(self._relay, route, sock, host, self._closed)
         self._tunnels.setdefault(ticket.sid, set()).add(tunnel)
         self._stats.opened += 1
-        log.info("console opened", extra=_facts(route) | {"user": ticket.user, "client": str(admission.client)})
+        with context(sid=route.sid, host=route.host):
+            log.info("console %d opened by %s from %s", route.generation, ticket.user, admission.client)
         tunnel.start(switching(admission.upgrade, granted) + granted.early)
 
     def _closed(self, tunnel: Tunnel) -> None:
@@ -244,8 +246,8 @@ class Server:
         ending: Ending = tunnel.ending or "closed"
         self._stats.ended(ending, up, down)
         seconds = round(self._loop.time() - tunnel.opened_at, 1)
-        facts = _facts(tunnel.route) | {"ending": ending, "seconds": seconds, "up": up, "down": down}
-        log.info("console closed", extra=facts)
+        with context(sid=sid, host=tunnel.route.host):
+            log.info("console closed (%s) after %s s: %d bytes up, %d down", ending, seconds, up, down)
 
     def _release(self, sid: str) -> None:
         self._taken[sid] -= 1
@@ -261,7 +263,3 @@ class Server:
                 for _ in range(64):
                     if not await self._loop.sock_recv(sock, MAX_HEAD):
                         break
-
-
-def _facts(route: Route) -> dict[str, object]:
-    return {"sid": route.sid, "host": route.host, "generation": route.generation}

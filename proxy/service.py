@@ -1,15 +1,19 @@
-"""One proxy process: news from the bus into the routes, cuts, and what is counted."""
+"""What a proxy process does beside its connections: news from the bus into the routes, cuts, health and figures."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable, Mapping
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from deskfleet.proxy.routes import RouteTable, WrongSender
 from deskfleet.proxy.server import Server
 from deskfleet.proxy.stats import Stats
 from deskfleet.runtime.bus import Bus, Delivery
-from deskfleet.runtime.metrics import Health, Metrics
+from deskfleet.runtime.metrics import Health
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DecodeError
 from deskfleet.schemas.host import HostReport
@@ -29,6 +33,10 @@ class News:
         self._stats = stats
         self._clock = clock
 
+    def on_connect(self) -> None:
+        """From now on heartbeats come in."""
+        self._routes.listening(self._clock.monotonic())
+
     def on_delivery(self, delivery: Delivery) -> None:
         """Take one message; what can't be read or was sent by somebody else is dropped and counted."""
         try:
@@ -38,7 +46,7 @@ class News:
             log.warning("a message from %s can't be read: %s", delivery.sender or "nobody", error)
         except WrongSender as error:
             self._stats.dropped["wrong_sender"] += 1
-            log.warning("%s", error)
+            log.warning("dropped: %s", error)
         delivery.ack()
 
     def _take(self, delivery: Delivery) -> None:
@@ -51,7 +59,7 @@ class News:
             if self._routes.announce(delivery.sender, message, now):
                 self._server.cut(message.sid)
         else:
-            raise WrongSender(f"a {delivery.type} is nothing for a proxy")
+            raise WrongSender(f"a {delivery.type} from {delivery.sender or 'nobody'}, which no proxy takes")
 
     async def expire(self) -> None:
         """Forget old routes, now and then, until cancelled."""
@@ -61,23 +69,54 @@ class News:
 
 
 def health(bus: Bus, routes: RouteTable, clock: Clock) -> Health:
-    """Ready once every live host has had the time for a heartbeat. Later a broker that is away hurts no console that
-    is open, but new ones may be sent elsewhere."""
+    """Ready once every live host has had the time for a heartbeat. A broker that goes away later is named but changes
+    nothing: known desktops can be opened without it."""
     reasons = []
     if not bus.connected:
         reasons.append("the broker is not connected")
-    if not routes.settled(clock.monotonic()):
+    ready = routes.ready(clock.monotonic())
+    if not ready:
         reasons.append("hosts have not had the time to report")
-    return Health(not reasons, tuple(reasons))
+    return Health(ready, tuple(reasons))
 
 
-def measure(metrics: Metrics, server: Server, routes: RouteTable, stats: Stats) -> None:
-    """Offer the counts to a scrape. All are read there, so a tunnel costs nothing for being counted."""
-    metrics.gauge("tunnels", "Consoles that are open").set_function(lambda: len(server.tunnels))
-    metrics.gauge("opened", "Consoles opened since the start").set_function(lambda: stats.opened)
-    metrics.gauge("hosts", "Hosts with routes").set_function(lambda: routes.size[0])
-    moved = metrics.gauge("bytes", "Bytes of consoles that have ended", ["direction"])
-    moved.labels("up").set_function(lambda: stats.up)
-    moved.labels("down").set_function(lambda: stats.down)
-    metrics.gauge("refused", "Connections refused since the start").set_function(stats.refused.total)
-    metrics.gauge("dropped", "Messages dropped since the start").set_function(stats.dropped.total)
+class Figures(Collector):
+    """The counts, read on the loop when somebody scrapes, so that being counted costs a tunnel nothing."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, server: Server, routes: RouteTable, stats: Stats, prefix: str
+    ) -> None:
+        self._loop, self._server, self._routes, self._stats = loop, server, routes, stats
+        self._prefix = prefix
+
+    def collect(self) -> Iterable[Metric]:
+        """Called on the monitoring server's thread."""
+        return asyncio.run_coroutine_threadsafe(self._read(), self._loop).result(5.0)
+
+    async def _read(self) -> list[Metric]:
+        stats, tunnels = self._stats, self._server.tunnels
+        up, down = stats.up, stats.down
+        for tunnel in tunnels:
+            up, down = up + tunnel.moved[0], down + tunnel.moved[1]
+        hosts, desktops = self._routes.size
+        return [
+            self._gauge("tunnels", "Consoles that are open", len(tunnels)),
+            self._gauge("hosts", "Hosts with routes", hosts),
+            self._gauge("desktops", "Desktops that hosts report", desktops),
+            self._counter("opened", "Consoles opened", "", {"": stats.opened}),
+            self._counter(
+                "bytes", "Bytes relayed: up from browsers, down from hosts", "direction", {"up": up, "down": down}
+            ),
+            self._counter("ended", "Consoles that have ended, by how", "ending", stats.endings),
+            self._counter("refused", "Connections refused, by why", "reason", stats.refused),
+            self._counter("dropped", "Messages of the bus dropped, by why", "reason", stats.dropped),
+        ]
+
+    def _gauge(self, name: str, text: str, value: int) -> Metric:
+        return GaugeMetricFamily(f"{self._prefix}_{name}", text, value=value)
+
+    def _counter(self, name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
+        family = CounterMetricFamily(f"{self._prefix}_{name}", text, labels=[label] if label else [])
+        for key, value in values.items():
+            family.add_metric([key] if label else [], value)
+        return family

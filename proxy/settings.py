@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
 from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate, validates_schema
 
+from deskfleet.proxy.gate import Network
 from deskfleet.proxy.server import Limits
 from deskfleet.runtime.secret import Secret
 from deskfleet.runtime.settings import SecretField
 from deskfleet.schemas.messages import ADDRESS
 
-Network = IPv4Network | IPv6Network
+_SHORTEST_KEY = 32
+_DAY = 86_400
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,81 +28,118 @@ class ProxySettings:
     ops_listen: str
     broker_url: Secret
     origins: frozenset[str]
-    ticket_keys: tuple[str, ...]
+    ticket_keys: tuple[Secret, ...]
     tls: tuple[str, str, str] | None
     insecure_plain_hosts: bool
     front_proxies: tuple[Network, ...]
     originless: tuple[Network, ...]
     limits: Limits
     dial_s: float
+    half_close_s: float
     settle_s: float
     keep_s: float
     drain_s: float
 
 
-class _Networks(fields.List[Any]):
-    def __init__(self) -> None:
-        super().__init__(fields.Str(), load_default=list)
+class _KeysField(fields.Field[tuple[Secret, ...]]):
+    """A list of keys, or a text with one key a word (as a file of keys holds them)."""
 
-    def _deserialize(self, *args: Any, **kwargs: Any) -> Any:
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> tuple[Secret, ...]:
+        keys = value.split() if isinstance(value, str) else value
+        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
+            raise ValidationError("must be a list of keys, or one text with a key a line")
+        if any(len(key) < _SHORTEST_KEY for key in keys):
+            raise ValidationError(f"each key must have at least {_SHORTEST_KEY} characters")
+        return tuple(Secret(key) for key in keys)
+
+
+class _NetworkField(fields.Field[Network]):
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Network:
         try:
-            return tuple(ip_network(str(text)) for text in super()._deserialize(*args, **kwargs))
+            return ip_network(value)
         except ValueError as error:
             raise ValidationError(f"is not a network: {error}") from None
 
 
 def _origin(text: str) -> None:
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.netloc or text != f"{parts.scheme}://{parts.netloc.lower()}":
-        raise ValidationError("must be an origin as browsers write it, such as https://desktops.example.org")
+    """Only what a browser could send may be listed (RFC 6454 section 6.2): a near miss would never match."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise ValidationError(f"is not an origin: {error}") from None
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or text != f"{parts.scheme}://{parts.netloc.lower()}"
+    ):
+        raise ValidationError(
+            "must be as browsers write it, such as https://desktops.example.org: no path, no capitals"
+        )
+    if port == {"http": 80, "https": 443}[parts.scheme] or "@" in parts.netloc:
+        raise ValidationError("must hold no login, and no port that the scheme implies")
+
+
+def _address(default: str) -> fields.String:
+    return fields.Str(load_default=default, validate=validate.Regexp(rf"\A{ADDRESS.pattern}\Z"))
+
+
+def _count(default: int, low: int, high: int) -> fields.Int:
+    return fields.Int(load_default=default, strict=True, validate=validate.Range(low, high))
+
+
+def _seconds(default: float, low: float, high: float) -> fields.Float:
+    return fields.Float(load_default=default, allow_nan=False, validate=validate.Range(low, high))
 
 
 class ProxySchema(Schema):
-    """[proxy]. `origins` are the portal's; `originless` the networks of programs that send no Origin."""
+    """[proxy]. `origins` are the portal's, `front_proxies` the networks whose X-Forwarded-For is believed,
+    `originless` the networks of programs that send no Origin. [::] as an address means IPv4 as well.
+
+    `settle_s` is a little more than the agents' heartbeat interval; `keep_s` is for how long the routes of a silent
+    host are kept; `drain_s` for how long consoles live on after SIGTERM.
+    """
 
     class Meta:
         unknown = RAISE
 
-    listen = fields.Str(load_default="127.0.0.1:8081", validate=validate.Regexp(rf"\A{ADDRESS.pattern}\Z"))
-    ops_listen = fields.Str(load_default="127.0.0.1:9103", validate=validate.Regexp(rf"\A{ADDRESS.pattern}\Z"))
+    listen = _address("127.0.0.1:8081")
+    ops_listen = _address("127.0.0.1:9103")
     broker_url = SecretField(required=True)
     origins = fields.List(fields.Str(validate=_origin), required=True, validate=validate.Length(min=1))
-    ticket_keys = fields.List(SecretField(validate=validate.Length(min=32)), required=True)
+    ticket_keys = _KeysField(required=True)
     tls_cert = fields.Str(load_default="")
     tls_key = fields.Str(load_default="")
     tls_ca = fields.Str(load_default="")
     insecure_plain_hosts = fields.Bool(load_default=False)
-    front_proxies = _Networks()
-    originless = _Networks()
-    max_tunnels = fields.Int(load_default=4000, validate=validate.Range(1, 100_000))
-    max_per_session = fields.Int(load_default=8, validate=validate.Range(1, 1000))
-    dial_s = fields.Float(load_default=5.0, validate=validate.Range(0.1, 60))
-    settle_s = fields.Float(load_default=6.0, validate=validate.Range(0, 60))
-    keep_s = fields.Float(load_default=600.0, validate=validate.Range(10))
-    drain_s = fields.Float(load_default=5.0, validate=validate.Range(0, 86_400))
+    front_proxies = fields.List(_NetworkField(), load_default=list)
+    originless = fields.List(_NetworkField(), load_default=list)
+    max_tunnels = _count(4000, 1, 100_000)
+    max_per_session = _count(8, 1, 1000)
+    max_heads = _count(512, 1, 100_000)
+    head_s = _seconds(10.0, 0.1, 60)
+    dial_s = _seconds(5.0, 0.1, 60)
+    half_close_s = _seconds(10.0, 0, 600)
+    settle_s = _seconds(6.0, 0, 60)
+    keep_s = _seconds(600.0, 10, _DAY)
+    drain_s = _seconds(5.0, 0, _DAY)
 
     @validates_schema
-    def _together(self, data: dict[str, Any], **_: Any) -> None:
+    def _together(self, data: Mapping[str, Any], **_: Any) -> None:
         files = [data["tls_cert"], data["tls_key"], data["tls_ca"]]
         if any(files) and not all(files):
             raise ValidationError("tls_cert, tls_key and tls_ca belong together")
 
     @post_load
     def _make(self, data: dict[str, Any], **_: Any) -> ProxySettings:
-        tls = (data["tls_cert"], data["tls_key"], data["tls_ca"])
-        return ProxySettings(
-            listen=data["listen"],
-            ops_listen=data["ops_listen"],
-            broker_url=data["broker_url"],
-            origins=frozenset(data["origins"]),
-            ticket_keys=tuple(key.reveal() for key in data["ticket_keys"]),
-            tls=tls if tls[0] else None,
-            insecure_plain_hosts=data["insecure_plain_hosts"],
-            front_proxies=data["front_proxies"],
-            originless=data["originless"],
-            limits=Limits(tunnels=data["max_tunnels"], per_session=data["max_per_session"]),
-            dial_s=data["dial_s"],
-            settle_s=data["settle_s"],
-            keep_s=data["keep_s"],
-            drain_s=data["drain_s"],
+        tls = (data.pop("tls_cert"), data.pop("tls_key"), data.pop("tls_ca"))
+        limits = Limits(
+            tunnels=data.pop("max_tunnels"),
+            per_session=data.pop("max_per_session"),
+            heads=data.pop("max_heads"),
+            head_s=data.pop("head_s"),
         )
+        data["origins"] = frozenset(data["origins"])
+        for name in ("front_proxies", "originless"):
+            data[name] = tuple(data[name])
+        return ProxySettings(**data, tls=tls if tls[0] else None, limits=limits)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from deskfleet.proxy.refusals import Refused
 from deskfleet.proxy.tunnel import Ending
 
 
@@ -16,8 +15,10 @@ class Stats:
     opened: int = 0
     up: int = 0
     down: int = 0
-    endings: Counter[Ending] = field(default_factory=Counter)
-    refused: Counter[Refused] = field(default_factory=Counter)
+    #: By `tunnel.Ending`.
+    endings: Counter[str] = field(default_factory=Counter)
+    #: By `refusals.Refused`.
+    refused: Counter[str] = field(default_factory=Counter)
     #: Messages of the bus that were dropped, by why.
     dropped: Counter[str] = field(default_factory=Counter)
 

@@ -17,8 +17,10 @@ S, T = "a" * 32, "b" * 32
 RUN, STOP, END, START = Phase.RUNNING, Phase.STOPPING, Phase.ENDED, Phase.STARTING
 
 
-def table(started_at: float = -100.0) -> RouteTable:
-    return RouteTable(keep_s=600.0, settle_s=5.0, started_at=started_at)
+def table(connected_at: float = -100.0) -> RouteTable:
+    routes = RouteTable(keep_s=600.0, settle_s=5.0)
+    routes.listening(connected_at)
+    return routes
 
 
 def word(state: State, host: str = "h1", generation: int = 7, sid: str = S) -> SessionChanged:
@@ -87,11 +89,23 @@ def test_a_silent_host_keeps_its_routes_for_a_while() -> None:
 
 
 def test_the_first_interval_is_not_the_whole_truth() -> None:
-    routes = table(started_at=0.0)
-    assert not routes.settled(4.9)
-    assert refusal(routes, now=4.9) is Refused.NOT_READY
-    assert routes.settled(5.0)
-    assert refusal(routes, now=5.0) is Refused.UNKNOWN_SESSION
+    routes = RouteTable(keep_s=600.0, settle_s=5.0)
+    assert not routes.ready(1000.0), "before the bus is connected no time counts"
+    assert refusal(routes, now=1000.0) is Refused.NOT_READY
+    routes.listening(1000.0)
+    assert not routes.ready(1004.9)
+    assert refusal(routes, now=1004.9) is Refused.NOT_READY
+    assert routes.ready(1005.0)
+    assert refusal(routes, now=1005.0) is Refused.UNKNOWN_SESSION
+
+
+def test_a_broker_that_comes_back_leaves_routes_and_readiness_alone() -> None:
+    routes = table()
+    routes.heartbeat("agent-h1", report(guests={S: (7, RUN)}), 0.0)
+    routes.listening(50.0)
+    assert routes.ready(50.0)
+    assert routes.find(S, 7, 50.0)
+    assert refusal(routes, sid=T, now=50.0) is Refused.NOT_READY, "it may have started meanwhile"
 
 
 def test_an_announcement_opens_a_route_before_the_next_heartbeat() -> None:
