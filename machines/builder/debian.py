@@ -28,7 +28,7 @@ KEYS = {
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 TOOLS = {"mmdebstrap": "mmdebstrap", "depmod": "kmod", KEYRING: "debian-archive-keyring", **disk.TOOLS}
 SPACE_MIB = 2048
-"""For the unpacked packages and the kernel; the disk comes on top, raw, packed and as a copy in the cache."""
+"""For the unpacked packages and the kernel; the disk comes on top, raw and packed."""
 
 KERNEL_HOOK = """\
 set -eu
@@ -41,8 +41,8 @@ apt-get download -q "${{package:-{kernel}}}"
 """Fetches the kernel's package without installing it: that would add 370 MB of modules and initramfs-tools."""
 
 
-def mirrors(suite: str, system: System) -> list[str]:
-    """sources.list lines for the suite, its updates and security fixes, from the mirrors that this machine uses."""
+def _configured(suite: str, system: System) -> dict[str, str]:
+    """Address by name (bookworm, bookworm-updates, ...) of the Debian mirrors that apt uses here."""
     wanted = "$(REPO_URI) $(CODENAME) $(COMPONENT) $(ORIGIN)"
     listed = system.run(["apt-get", "indextargets", "--format", wanted, "Created-By: Packages"])
     found: dict[str, str] = {}
@@ -50,11 +50,17 @@ def mirrors(suite: str, system: System) -> list[str]:
         parts = line.split(" ")
         if len(parts) == 4 and parts[2:] == ["main", "Debian"] and parts[1].split("-")[0] == suite:
             found.setdefault(parts[1], parts[0])
+    return found
+
+
+def mirrors(suite: str, system: System) -> list[str]:
+    """sources.list lines for the suite, its updates and security fixes, from the mirrors that this machine uses."""
+    found = _configured(suite, system)
     if suite not in found:
-        text = (
-            f"apt on this machine knows no Debian mirror for {suite}: add one below /etc/apt/sources.list.d and run "
-            "`apt-get update`."
-        )
+        system.apt("update")  # apt knows names and origins only from lists that it has
+        found = _configured(suite, system)
+    if suite not in found:
+        text = f"apt on this machine knows no Debian mirror for {suite}: add one below /etc/apt/sources.list.d."
         raise BuildError(Failure.MIRROR, text)
     return [f"deb [signed-by={KEYRING}] {uri} {name} main" for name, uri in sorted(found.items())]
 
@@ -94,28 +100,29 @@ def install_kernel(recipe: Recipe, root: Path, work: Path, values: dict[str, Any
 
 def bootstrap(values: dict[str, Any], root: Path, system: System) -> None:
     """Unpack and configure the packages in a new folder, and download the kernel's package into it."""
-    command = ["mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase", "--quiet"]
+    command = ["mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase"]
     command += ['--aptopt=Acquire::Languages "none"', '--aptopt=APT::Install-Recommends "false"']
     command += [f"--dpkgopt=path-exclude={path}" for path in values["exclude"]]
     command += [f"--dpkgopt=path-include={path}" for path in values["include"]]
     command += [f"--include={','.join(values['packages'])}"]
     command += [f"--customize-hook={KERNEL_HOOK.format(kernel=values['kernel'])}"]
     command += [values["suite"], str(root), *mirrors(values["suite"], system)]
-    system.run([*system.as_root(), *command])
+    system.run(command, as_root=True)
 
 
 def build(recipe: Recipe, work: Path, system: System) -> Path:
     """Build the image in `work` and return its path."""
     values = settings(recipe, KEYS)
-    system.need_space(work, SPACE_MIB + 3 * values["disk_mib"])
+    system.need_space(work, SPACE_MIB + 2 * values["disk_mib"])
     system.need_tools(TOOLS)
+    system.root_prefix()  # whether there is one should be known before the download
     root = work / "root"
     system.step("download and unpack packages (a minute or two)")
     bootstrap(values, root, system)
     system.step("settle the system in")
     copy_files(recipe.sources / "files", root)
     shutil.copyfile(recipe.sources / "customize", root / "customize")
-    system.run([*system.as_root(), "chroot", str(root), "sh", "/customize"])
+    system.run(["chroot", str(root), "sh", "/customize"], as_root=True)
     (root / "customize").unlink()
     install_kernel(recipe, root, work, values, system)
     system.step("write the disk")

@@ -44,7 +44,7 @@ def write(root: Path, work: Path, mib: int, uuid: str, options: str, system: Sys
     system.run(["sh", "-c", 'exec sfdisk -q "$1" < "$2"', "sh", str(raw), str(script)])
     offset = f"offset={FIRST_SECTOR * SECTOR},root_owner=0:0"
     options_ext4 = ["-t", "ext4", "-J", "size=16", "-m", "0", "-U", uuid, "-L", "root", "-E", offset]
-    system.run([*system.as_root(), "mke2fs", "-q", *options_ext4, "-d", str(root), str(raw), f"{mib - 1}M"])
+    system.run(["mke2fs", "-q", *options_ext4, "-d", str(root), str(raw), f"{mib - 1}M"], as_root=True)
     make_core = ["grub-mkimage", "-O", "i386-pc", "-p", "(hd0,msdos1)/boot/grub", "-o", str(core)]
     system.run([*make_core, *GRUB_MODULES])
     with raw.open("r+b") as file:

@@ -48,6 +48,7 @@ class BuildError(Exception):
 
 
 MIRROR_SIGNS = (
+    "apt-get update --error-on=any",
     "Could not resolve",
     "Temporary failure resolving",
     "Failed to fetch",
@@ -133,11 +134,21 @@ class System:
         """Say what begins now, with the seconds since the build began."""
         self.say(f"[{self.clock() - self._start:6.1f} s] {text}")
 
-    def run(self, argv: Sequence[str], env: Mapping[str, str] | None = None, otherwise: Failure = Failure.STEP) -> str:
-        """Run a command and return what it printed; BuildError with the end of that when it fails."""
+    def run(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        otherwise: Failure = Failure.STEP,
+        as_root: bool = False,
+    ) -> str:
+        """Run a command and return what it printed; BuildError with the end of that when it fails.
+
+        `as_root` gives it root over the files that this build makes, see `root_prefix`.
+        """
         whole = {**os.environ, "LC_ALL": "C.UTF-8", **(env or {})}
         whole["PATH"] = os.environ.get("PATH", os.defpath) + SBIN
-        code, output = self.spawn(argv, whole)
+        prefix = self.root_prefix() if as_root else []
+        code, output = self.spawn([*prefix, *argv], whole)
         if code == 0:
             return output
         failure = classify(output, otherwise)
@@ -166,30 +177,38 @@ class System:
         packages = sorted({package for tool, package in tools.items() if not self.which(tool)})
         if not packages:
             return
-        install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *packages]
-        prefix: list[str] = []
-        if not self.is_root():
-            if not self.which("sudo"):
-                text = f"Missing: {', '.join(packages)}. As root: {' '.join(install)}"
-                raise BuildError(Failure.TOOL, text)
-            prefix = ["sudo"] if self.has_terminal() else ["sudo", "-n"]
-        if not self.which("apt-get"):
-            raise BuildError(Failure.TOOL, f"Missing: {', '.join(packages)}, and there is no apt-get to install them.")
         self.step(f"install {', '.join(packages)}")
-        quiet = {"DEBIAN_FRONTEND": "noninteractive"}
-        self.run([*prefix, "apt-get", "update", "-q"], quiet, Failure.TOOL)
-        self.run([*prefix, *install], quiet, Failure.TOOL)
+        install = ("install", "-y", "--no-install-recommends", *packages)
+        try:
+            self.apt(*install)
+        except BuildError as error:
+            if error.failure is not Failure.MIRROR:
+                raise
+            self.apt("update")  # the lists are missing or too old
+            self.apt(*install)
         missing = sorted(tool for tool in tools if not self.which(tool))
         if missing:
             text = f"{', '.join(packages)} are installed, but {', '.join(missing)} are still missing."
             raise BuildError(Failure.TOOL, text)
 
-    def as_root(self) -> list[str]:
+    def apt(self, *arguments: str) -> None:
+        """Run apt-get as root, else by sudo, which asks for a password only at a terminal."""
+        command = ["apt-get", "-q", *arguments]
+        if not self.which("apt-get"):
+            raise BuildError(Failure.TOOL, f"There is no apt-get here, and this is needed: {' '.join(command)}")
+        if not self.is_root():
+            if not self.which("sudo"):
+                raise BuildError(Failure.TOOL, f"This is needed, as root: {' '.join(command)}")
+            command = ["sudo", *([] if self.has_terminal() else ["-n"]), *command]
+        self.run(command, {"DEBIAN_FRONTEND": "noninteractive"}, Failure.TOOL)
+
+    def root_prefix(self) -> list[str]:
         """A command prefix: root over files that this build makes, in a mount namespace that ends with the command.
 
         Another user than root gets a user namespace with the ids of /etc/subuid; BuildError when there are none.
         """
-        prefix = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
+        # setpriv: when this process is killed, unshare goes with it, and by --kill-child all below.
+        prefix = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"]
         if self.is_root():
             return prefix
         self.need_tools({"newuidmap": "uidmap"})
@@ -205,10 +224,10 @@ class System:
         return prefix
 
     def remove(self, folder: Path) -> None:
-        """Remove a folder that may not be there, also one with files of other user ids from `as_root`."""
+        """Remove a folder that may not be there, also one with files of other user ids."""
         try:
             shutil.rmtree(folder)
         except FileNotFoundError:
             return
         except PermissionError:
-            self.run([*self.as_root(), "rm", "-rf", str(folder)])
+            self.run(["rm", "-rf", str(folder)], as_root=True)

@@ -19,15 +19,18 @@ def test_mirrors_are_this_machines_debian_mirrors() -> None:
         "http://one/debian-security/ bookworm-security main Debian\nhttp://one/debian/ trixie main Debian\n"
         "http://one/debian/ bookworm contrib Debian\nhttp://other/ bookworm main Elsewhere\n\n"
     )
-    given = system(Spawner(indextargets=(0, listed)))
+    spawner = Spawner(indextargets=(0, listed))
+    given = system(spawner)
     signed = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]"
     assert debian.mirrors("bookworm", given) == [
         f"deb {signed} http://one/debian/ bookworm main",
         f"deb {signed} http://one/debian-security/ bookworm-security main",
     ]
+    assert "update" not in str(spawner.commands)
     with pytest.raises(BuildError, match="knows no Debian mirror for sid") as caught:
         debian.mirrors("sid", given)
     assert caught.value.failure is Failure.MIRROR
+    assert ["apt-get", "-q", "update"] in spawner.commands, "fresh lists might have named it"
 
 
 def test_files_are_copied_with_plain_modes(tmp_path: Path) -> None:
