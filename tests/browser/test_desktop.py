@@ -101,7 +101,7 @@ def test_pages_of_person_and_administrator(browser: Browser, page: Page, fleet: 
     sign_in(other, fleet.url, "admin", fleet.keys.secret("login-admin", 9))
     other.goto(f"{fleet.url}/admin/")
     for host in fleet.hosts:
-        assert other.get_by_role("cell", name=host, exact=True).count() == 1
+        assert other.get_by_role("cell", name=host, exact=True).count() >= 1
     assert other.get_by_text("scheduler.commands").count() == 1
     time.sleep(2.5)  # one poll of the page, which must leave it whole
     assert other.get_by_text("scheduler.commands").count() == 1
