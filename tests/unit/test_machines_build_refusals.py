@@ -116,7 +116,7 @@ def test_without_user_ids_root_is_asked_for() -> None:
     ("output", "failure"),
     [
         ("mke2fs: Could not allocate block in ext2 filesystem while populating", Failure.SPACE),
-        ("W: Temporary failure resolving 'deb.debian.org'", Failure.MIRROR),
+        ("W: Temporary failure resolving 'mirror.example'", Failure.MIRROR),
         ("E: apt-get update --error-on=any -oAPT::Status-Fd=<$fd> failed", Failure.MIRROR),
         ("E: Unable to locate package nonsense", Failure.MIRROR),
         ("syntax error", Failure.STEP),
