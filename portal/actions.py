@@ -73,11 +73,11 @@ def launch(wish: Wish, sid: str, via: str) -> tuple[LaunchRequested, bool]:
         Problem: not possible as asked, the sid is somebody else's, or too many requests wait.
     """
     parts, who = services(), person()
-    known = parts.desktops.find(sid)
-    if known is not None and known.user != who.user:
-        raise Problem(Refused.SID_TAKEN)
     message = prepare(sid, wish, who, parts.catalogue.machines(), parts.settings)
+    known = parts.desktops.owner(sid)
     if known is not None:
+        if known != who.user:
+            raise Problem(Refused.SID_TAKEN)
         return message, False
     if parts.outbox.waiting(who.user) >= MOST_WAITING:
         raise Problem(Refused.TOO_MANY_REQUESTS)

@@ -11,10 +11,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from flask import Flask, Response, g, jsonify, redirect, render_template, request, url_for
+from flask import Flask, Response, g, jsonify, redirect, render_template, request, send_from_directory, url_for
 from flask_wtf.csrf import CSRFError, CSRFProtect
 from sqlalchemy.exc import DBAPIError
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from deskfleet.portal import words
@@ -23,11 +23,14 @@ from deskfleet.portal.api import register as register_api
 from deskfleet.portal.errors import ANSWERS, Problem, Refused
 from deskfleet.portal.services import EXTENSION, Services, services
 from deskfleet.portal.views import pages
-from deskfleet.portal.web import by_token, check_access, someone
+from deskfleet.portal.web import by_token, check_access, public, someone
 
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).parent
+_STATIC = _HERE / "static"
+_YEAR = timedelta(days=365)
+_FOR_EVER = "public, max-age=31536000, immutable"
 _MOST_BYTES = 256 * 1024
 _MOST_PARTS = 100
 _API = "/api/"
@@ -37,7 +40,7 @@ def create_app(parts: Services) -> Flask:
     """The application over these parts. Starts nothing."""
     settings = parts.settings
     # A namespace package has no single folder to guess an instance path from; and nothing is ever read from there.
-    app = Flask(__name__, root_path=str(_HERE), instance_path="/nonexistent")
+    app = Flask(__name__, root_path=str(_HERE), instance_path="/nonexistent", static_folder=None)
     app.config.update(
         SECRET_KEY=settings.secret_key.reveal(),
         MAX_CONTENT_LENGTH=_MOST_BYTES,
@@ -48,20 +51,31 @@ def create_app(parts: Services) -> Flask:
         SESSION_COOKIE_SECURE=settings.secure,
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
-        PERMANENT_SESSION_LIFETIME=timedelta(seconds=settings.login_s),
+        # The login in it ends on the server, and long before; that this browser is known to its owner outlives it.
+        PERMANENT_SESSION_LIFETIME=_YEAR,
+        SESSION_REFRESH_EACH_REQUEST=False,  # else every answer sets it, those that caches keep included
         WTF_CSRF_CHECK_DEFAULT=False,  # checked below, once it is known how the caller proves who it is
         WTF_CSRF_TIME_LIMIT=None,  # it ends with the login
         WTF_CSRF_SSL_STRICT=False,  # it wants a Referer, and our pages tell nobody where people come from
-        SEND_FILE_MAX_AGE_DEFAULT=timedelta(days=365),
     )
     app.extensions[EXTENSION] = parts
     csrf = CSRFProtect(app)
 
     @app.before_request
     def _guard() -> None:
+        if request.routing_exception is not None:
+            return  # there is no such page, which is all that anybody learns
         check_access()
         if request.method not in ("GET", "HEAD", "OPTIONS") and not by_token():
             csrf.protect()
+
+    @app.get("/static/<version>/<path:filename>", endpoint="static")
+    @public
+    def _static(version: str, filename: str) -> Response:
+        answer = send_from_directory(_STATIC, filename)
+        # Another version is asked for while portals are being upgraded, one after the other: good enough for once.
+        answer.headers["Cache-Control"] = _FOR_EVER if version == release() else "no-cache"
+        return answer
 
     app.after_request(_headers)
     app.register_blueprint(pages)
@@ -83,13 +97,21 @@ def create_app(parts: Services) -> Flask:
 
 
 def asset(name: str) -> str:
-    """The address of a static file, with a hash of its content so that it may be kept for ever."""
-    return url_for("static", filename=name, v=_hash(name))
+    """The address of a static file. It changes with the files, so that browsers may keep them for ever.
+
+    The version stands in the path, not in the query: noVNC's modules load each other by relative addresses.
+    """
+    return url_for("static", version=release(), filename=name)
 
 
-@lru_cache(maxsize=256)
-def _hash(name: str) -> str:
-    return hashlib.sha256((_HERE / "static" / name).read_bytes()).hexdigest()[:12]
+@lru_cache(maxsize=1)
+def release() -> str:
+    """A hash over all static files, names and contents."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in _STATIC.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        found.update(f"{path.relative_to(_STATIC)}\0{len(content)}\0".encode() + content)
+    return found.hexdigest()[:16]
 
 
 def _headers(response: Response) -> Response:
@@ -104,10 +126,7 @@ def _headers(response: Response) -> Response:
     response.headers["Cross-Origin-Opener-Policy"] = "same-origin"
     if settings.secure:
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
-    if request.endpoint == "static":
-        if "v" not in request.args:  # a module that another one imports: no hash in its address, so it is asked again
-            response.headers["Cache-Control"] = "no-cache"
-    else:
+    if request.endpoint != "static":
         # Every answer may depend on who asks; no cache in between may hand it to another.
         response.headers["Cache-Control"] = "no-store"
         response.headers["Vary"] = "Cookie, Authorization"
@@ -126,28 +145,36 @@ def _errors(app: Flask) -> None:
 
     @app.errorhandler(DBAPIError)
     def _database(error: DBAPIError) -> WerkzeugResponse:
-        log.error("a database does not answer: %s", type(error.orig).__name__)
-        return _answer(Problem(Refused.RECORDS_AWAY))
+        g.setdefault("who", None)  # the page that says so can't ask the database who looks at it
+        return _answer(Problem(Refused.RECORDS_AWAY), f"a database does not answer: {type(error.orig).__name__}")
 
     @app.errorhandler(HTTPException)
     def _http(error: HTTPException) -> WerkzeugResponse:
         status = HTTPStatus(error.code or 500)
         reason = Refused.NOT_FOUND if status is HTTPStatus.NOT_FOUND else Refused.BAD_REQUEST
         message = "" if reason is Refused.NOT_FOUND else f"{status.phrase}. {ANSWERS[reason][1]}"
-        return _answer(Problem(reason, message), status)
+        answer = _answer(Problem(reason, message), status=status)
+        if isinstance(error, MethodNotAllowed):
+            answer.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
+        return answer
 
     @app.errorhandler(Exception)
     def _broken(error: Exception) -> WerkzeugResponse:
-        problem = Problem(Refused.BROKEN)
-        g.reference = secrets.token_hex(4)
-        log.error("reference %s: %s failed", g.reference, request.endpoint, exc_info=error)
-        return _answer(problem)
+        return _answer(Problem(Refused.BROKEN), "a fault of ours", error)
 
 
-def _answer(problem: Problem, status: HTTPStatus | None = None) -> WerkzeugResponse:
-    """A refusal as JSON for programs and as a page for people; who must log in is sent to do so."""
+def _answer(
+    problem: Problem, cause: str = "", error: Exception | None = None, *, status: HTTPStatus | None = None
+) -> WerkzeugResponse:
+    """A refusal as JSON for programs and as a page for people; who must log in is sent to do so.
+
+    When it is our fault, a reference leads from what the person sees to the log; nothing else of the fault gets out.
+    """
     status = status or problem.status
-    reference = g.get("reference", "")
+    reference = ""
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        reference = secrets.token_hex(4)
+        log.error("reference %s: %s: %s", reference, request.endpoint, cause or problem.reason, exc_info=error)
     response: WerkzeugResponse
     if request.path.startswith(_API):
         response = jsonify(

@@ -108,6 +108,17 @@ class Desktops:
         request = self._outbox.find(sid)
         return self._from_request(request) if request else None
 
+    def owner(self, sid: str) -> str | None:
+        """Whose a session id is, as far as can be told: a launch must be taken while the ledger can't be read, too."""
+        request = self._outbox.find(sid)
+        if request is not None:
+            return request.user
+        try:
+            session = self._reader.session(sid)
+        except DBAPIError:
+            return None
+        return session.user if session else None
+
     def story(self, desktop: Desktop) -> Story:
         """A desktop with its steps and reasons."""
         try:
