@@ -12,8 +12,8 @@ from typing import Any
 
 from machines.builder.system import BuildError, Failure
 
-NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-BARE_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,47}")
+BARE_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ def names(folder: Path) -> list[str]:
 def load(folder: Path, name: str) -> Recipe:
     """Read a recipe; BuildError says what is wrong with it."""
     if not NAME.fullmatch(name):
-        raise BuildError(Failure.RECIPE, f"{name!r} is not a machine's name: small letters, digits and '-'.")
+        raise BuildError(
+            Failure.RECIPE, f"{name!r} is not a machine's name: small letters, digits and '-', at most 48."
+        )
     path = folder / f"{name}.toml"
     if not path.exists():
         raise BuildError(Failure.RECIPE, f"There is no {path}. Machines here: {', '.join(names(folder)) or 'none'}.")
@@ -71,7 +73,7 @@ def load(folder: Path, name: str) -> Recipe:
         raise BuildError(Failure.RECIPE, f"{path} has no [image] table.")
     file, kind = image.get("file"), image.get("format")
     if not isinstance(file, str) or not BARE_FILE.fullmatch(file):
-        text = f"{path}: image.file must be a bare file name (letters, digits, '.', '_', '+', '-'), not {file!r}."
+        text = f"{path}: image.file must be a bare file name (letters, digits, '.', '_', '-'), not {file!r}."
         raise BuildError(Failure.RECIPE, text)
     if not isinstance(kind, str):
         raise BuildError(Failure.RECIPE, f"{path}: image.format is missing.")

@@ -278,10 +278,11 @@ def test_the_desktop(tmp_path: Path) -> None:
     entry = build("desktop", tmp_path)
     image = tmp_path / "images" / entry["image"]["file"]
     disk = overlay(image, entry["image"]["format"], tmp_path, "3G")
-    argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", *PC, "-accel", "tcg,thread=multi", "-cpu", "max"]
+    argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", *Q35, "-accel", "tcg,thread=multi", "-cpu", "max"]
     argv += ["-smp", "2", "-m", "1024", "-display", "none", "-vnc", f"unix:{tmp_path}/vnc.sock"]
     argv += ["-drive", f"file={disk},if=virtio,format=qcow2", "-device", "virtio-vga"]
     argv += ["-device", "virtio-tablet-pci", "-device", "virtio-keyboard-pci", "-device", "virtio-serial-pci"]
+    argv += ["-device", "virtio-balloon-pci", "-device", "virtio-rng-pci", "-device", "vmgenid,guid=auto"]
     argv += ["-chardev", f"socket,id=agent,path={tmp_path}/agent.sock,server=on,wait=off"]
     argv += ["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"]
     argv += ["-chardev", "qemu-vdagent,id=vdagent,name=vdagent,clipboard=on,mouse=off"]
