@@ -1,17 +1,34 @@
-"""The administrator's page: hosts, sessions and queues, and what can be done about them."""
+"""The administrator's pages: hosts, everybody's desktops, queues, and who did what."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 from flask import Blueprint, redirect, render_template, url_for
-from werkzeug.wrappers import Response as WerkzeugResponse
+from werkzeug.wrappers import Response
 
 from deskfleet.portal import actions
-from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.errors import Problem
 from deskfleet.portal.services import services
+from deskfleet.portal.views import checked
 from deskfleet.portal.web import admin_only
-from deskfleet.schemas.tickets import SID
+from deskfleet.schemas.topology import SCHEDULER_COMMANDS
 
 admin = Blueprint("admin", __name__, url_prefix="/admin")
+
+
+@admin.get("/")
+@admin_only
+def page() -> str:
+    """Everything at once."""
+    return render_template("admin.html", **_fleet())
+
+
+@admin.get("/part")
+@admin_only
+def part() -> str:
+    """The same without its frame, as the page asks for it again and again."""
+    return render_template("_admin.html", **_fleet())
 
 
 def _fleet() -> dict[str, object]:
@@ -19,40 +36,49 @@ def _fleet() -> dict[str, object]:
     try:
         hosts, live, sure = parts.fleet.hosts(), parts.desktops.live(), True
     except Problem:
-        hosts, live, sure = [], [], False  # said on the page; the queues may still be known
-    return {"hosts": hosts, "desktops": live, "queues": parts.fleet.queues(), "sure": sure}
+        hosts, live, sure = [], [], False  # said on the page; the queues may still be known, and explain it
+    queues = parts.fleet.queues()
+    held: Counter[str] = Counter()
+    for desktop in live:
+        held[desktop.host] += desktop.resources.gpus
+    return {
+        "hosts": hosts,
+        "gpus_held": held,
+        "desktops": live,
+        "queues": queues,
+        "no_scheduler": any(queue.name == SCHEDULER_COMMANDS and queue.consumers == 0 for queue in queues),
+        "waiting_here": parts.outbox.waiting(),
+        "connected": parts.bus.connected,
+        "sure": sure,
+    }
 
 
-@admin.get("/")
+@admin.get("/audit")
 @admin_only
-def page() -> str:
-    return render_template("admin.html", **_fleet())
-
-
-@admin.get("/part")
-@admin_only
-def part() -> str:
-    return render_template("_admin.html", **_fleet())
+def audit() -> str:
+    """Who did what, newest first."""
+    return render_template("audit.html", entries=services().audit.newest())
 
 
 @admin.post("/hosts/<host>/drain")
 @admin_only
-def drain(host: str) -> WerkzeugResponse:
+def drain(host: str) -> Response:
+    """Place nothing more on a host."""
     actions.drain(host, True)
-    return redirect(url_for("admin.page"))
+    return redirect(url_for("admin.page"), 303)
 
 
 @admin.post("/hosts/<host>/undrain")
 @admin_only
-def undrain(host: str) -> WerkzeugResponse:
+def undrain(host: str) -> Response:
+    """Use a host again."""
     actions.drain(host, False)
-    return redirect(url_for("admin.page"))
+    return redirect(url_for("admin.page"), 303)
 
 
 @admin.post("/sessions/<sid>/stop")
 @admin_only
-def stop(sid: str) -> WerkzeugResponse:
-    if not SID.fullmatch(sid):
-        raise Problem(Refused.NO_SUCH_DESKTOP)
-    actions.stop(sid)
-    return redirect(url_for("admin.page"))
+def stop(sid: str) -> Response:
+    """Stop anybody's desktop."""
+    actions.stop(checked(sid))
+    return redirect(url_for("admin.page"), 303)

@@ -74,10 +74,11 @@ class Desktop:
 
 @dataclass(frozen=True, slots=True)
 class Story:
-    """A desktop with how it got where it is: its place among those that wait (1 = next), why no host took it at the
-    last try, and its steps."""
+    """A desktop with how it got where it is: when it was asked for (UNIX seconds), its place among those that wait
+    (1 = next), why no host took it at the last try, and its steps."""
 
     desktop: Desktop
+    asked_at: float
     place: int | None
     verdicts: tuple[tuple[str, str, str], ...]
     steps: tuple[SessionEvent, ...]
@@ -121,17 +122,20 @@ class Desktops:
 
     def story(self, desktop: Desktop) -> Story:
         """A desktop with its steps and reasons."""
+        request = self._outbox.find(desktop.sid)
+        asked_at = min(request.created_at, desktop.created_at) if request else desktop.created_at
         try:
             waits = desktop.state == State.QUEUED
             verdicts = self._reader.verdicts(desktop.sid) if waits else ()
             return Story(
                 desktop,
+                asked_at,
                 self._reader.place_in_queue(desktop.sid) if waits else None,
                 tuple((verdict.host, verdict.reason.value, verdict.sentence) for verdict in verdicts),
                 tuple(self._reader.timeline(desktop.sid)),
             )
         except DBAPIError:
-            return Story(replace(desktop, unsure=True), None, (), ())
+            return Story(replace(desktop, unsure=True), asked_at, None, (), ())
 
     def of_user(self, user: str) -> tuple[list[Desktop], bool]:
         """A person's desktops, newest first, and whether the ledger could be read."""

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from deskfleet.ledger.reader import Reader
 from deskfleet.portal.errors import Problem, Refused
-from deskfleet.runtime.bus import Bus, BusError, Outgoing, QueueDepth
+from deskfleet.runtime.bus import AccessRefused, Bus, BusDown, BusError, Outgoing, QueueDepth, QueueMissing
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.host import Host, HostReport, Phase
 from deskfleet.schemas.messages import DrainRequested, encode
@@ -28,6 +28,13 @@ PURPOSES = {
     "scheduler.reports": "What guests report to the scheduler",
     "scheduler.heartbeats": "Heartbeats of the hosts",
     DEAD: "Messages that nobody could take",
+}
+
+
+_PROBLEMS = {
+    BusDown.reason: "The broker can't be reached.",
+    QueueMissing.reason: "There is no such queue: the host is not enrolled, or the scheduler has not been started yet.",
+    AccessRefused.reason: "The portal's login may not ask about it.",
 }
 
 
@@ -64,6 +71,15 @@ class QueueView:
         if self.name == DEAD:
             return bool(self.messages)
         return self.needs_consumer and self.consumers == 0
+
+    @property
+    def trouble(self) -> str:
+        """What is wrong with it, in words; empty when nothing is."""
+        if self.problem:
+            return _PROBLEMS.get(self.problem, self.problem)
+        if not self.alarm:
+            return ""
+        return "Look into what is in it." if self.name == DEAD else "Nobody reads it."
 
 
 class Fleet:

@@ -1,165 +1,214 @@
-"""The pages that people use: sign in, launch, progress, my desktops, the desktop itself."""
+"""The pages that people use: log in, launch, watch it start, open its screen, stop it."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from flask import Blueprint, Response, make_response, redirect, render_template, request, url_for
-from werkzeug.wrappers import Response as WerkzeugResponse
+from flask import Blueprint, make_response, redirect, render_template, request, url_for
+from werkzeug.wrappers import Response
 
-from deskfleet.portal import actions
+from deskfleet.portal import actions, progress
+from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.launching import Wish, lifetimes, offered
 from deskfleet.portal.services import services
 from deskfleet.portal.web import own_desktop, person, public, someone
-from deskfleet.portal.words import ladder
 from deskfleet.schemas.machine import GpuPolicy, Machine
+from deskfleet.schemas.session import State
 from deskfleet.schemas.tickets import SID
 
 pages = Blueprint("pages", __name__)
 
-#: How long after the click the progress page asks often: a desktop is usually there before that.
-_IMPATIENT_S = 3.0
-_NEXT = re.compile(r"/(?![/\\])[^\s\\]*")
+#: What a view may return: a text, a text with its status, or a whole response.
+Page = str | tuple[str, int] | Response
+
+_NUMBER = re.compile(r"[0-9]{1,9}")
+_ANY_GPU = "any"
 
 
-def _checked(sid: str) -> str:
+def checked(sid: str) -> str:
+    """A session id out of an address. Raises Problem when it can't be one."""
     if not SID.fullmatch(sid):
         raise Problem(Refused.NO_SUCH_DESKTOP)
     return sid
 
 
+def local(target: str) -> str:
+    """Where to go after the login: an address on this portal, or the start page.
+
+    Browsers read a backslash as a slash and drop tabs and line ends (URL Standard, 4.4), so none of these may be in it.
+    """
+    plain = target.isascii() and target.isprintable() and not set(target) & {"\\", " "}
+    return target if plain and target.startswith("/") and not target.startswith("//") else "/"
+
+
 @pages.get("/")
-def home() -> WerkzeugResponse:
+def home() -> Response:
+    """Where people begin."""
     return redirect(url_for("pages.launch"))
 
 
 @pages.route("/login", methods=["GET", "POST"])
 @public
-def login() -> WerkzeugResponse | str | tuple[str, int]:
-    wanted = request.values.get("next", "")
-    target = wanted if _NEXT.fullmatch(wanted) else "/"
+def login() -> Page:
+    """Ask for name and password."""
+    target = local(request.values.get("next", "/"))
     if request.method == "GET":
         return redirect(target) if someone() else render_template("login.html", next=target)
+    user = request.form.get("user", "")
     try:
-        actions.log_in(request.form.get("user", ""), request.form.get("password", ""))
+        actions.log_in(user, request.form.get("password", ""))
     except Problem as problem:
-        text = render_template("login.html", next=target, problem=problem, user=request.form.get("user", ""))
-        return text, int(problem.status)
-    return redirect(target)
+        response = make_response(
+            render_template("login.html", next=target, user=user, problem=problem), int(problem.status)
+        )
+        if problem.wait_s:
+            response.headers["Retry-After"] = str(problem.wait_s)
+        return response
+    return redirect(target, 303)
 
 
 @pages.post("/logout")
-def logout() -> WerkzeugResponse:
+def logout() -> Response:
+    """End the login."""
     actions.log_out()
-    return redirect(url_for("pages.login"))
+    return redirect(url_for("pages.login"), 303)
 
 
 @pages.get("/launch")
-def launch() -> str:
-    return render_template("launch.html", machines=offered(services().catalogue.machines(), person()))
-
-
-def _machine(name: str) -> Machine:
-    machine = services().catalogue.machines().get(name)
-    who = person()
-    if machine is None or not machine.allows(who.user, who.groups):
-        raise Problem(Refused.UNKNOWN_MACHINE)
-    return machine
-
-
-def _form(machine: Machine, problem: Problem | None = None) -> str:
-    parts = services()
-    return render_template(
-        "machine.html",
-        machine=machine,
-        seal=parts.seals.mint(person().user, machine.name),
-        sizes={
-            "cpus": ladder(machine.cpus.min, machine.cpus.default, machine.cpus.max),
-            "memory_mib": ladder(machine.memory_mib.min, machine.memory_mib.default, machine.memory_mib.max),
-            "disk_gib": ladder(machine.disk_gib.min, machine.disk_gib.default, machine.disk_gib.max),
-        },
-        gpus={GpuPolicy.NEVER: [], GpuPolicy.OPTIONAL: [0, 1], GpuPolicy.REQUIRED: [1]}[machine.gpu],
-        lifetimes=lifetimes(parts.settings),
-        lifetime=parts.settings.lifetime_default_s,
-        problem=problem,
-    )
-
-
-def _number(name: str) -> int | None:
-    text = request.form.get(name, "")
-    if not text:
-        return None
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise Problem(Refused.BAD_FIELDS, details=[f"{name}: must be a number"])
-    return int(text)
+def launch() -> Page:
+    """What the person may start, each with a button that starts it as it is."""
+    parts, who = services(), person()
+    machines = offered(parts.catalogue.machines(), who)
+    seals = {machine.name: parts.seals.mint(who.user, machine.name) for machine in machines}
+    return render_template("launch.html", machines=machines, seals=seals, lifetime_s=parts.settings.lifetime_default_s)
 
 
 @pages.route("/launch/<name>", methods=["GET", "POST"])
-def machine(name: str) -> WerkzeugResponse | str | tuple[str, int]:
-    wanted = _machine(name)
+def machine(name: str) -> Page:
+    """The launch form of a machine, and what it sends."""
+    parts, who = services(), person()
+    entry = parts.catalogue.machines().get(name)
+    if entry is None or not entry.allows(who.user, who.groups):
+        raise Problem(Refused.UNKNOWN_MACHINE)
     if request.method == "GET":
-        return _form(wanted)
+        return _form(entry, parts.seals.mint(who.user, name))
+    seal = request.form.get("seal", "")
     try:
-        sid = services().seals.open(request.form.get("seal", ""), person().user, name)
-        wish = Wish(
-            machine=name,
-            cpus=_number("cpus"),
-            memory_mib=_number("memory_mib"),
-            disk_gib=_number("disk_gib"),
-            gpus=_number("gpus"),
-            persistent=request.form.get("persistent") == "yes",
-            lifetime_s=_number("lifetime_s"),
-        )
-        actions.launch(wish, sid, "page")
+        sid = parts.seals.open(seal, who.user, name)
+        actions.launch(_wish(name, request.form), sid, "page")
     except Problem as problem:
-        return _form(wanted, problem), int(problem.status)
-    return redirect(url_for("pages.progress", sid=sid))
+        if problem.reason in (Refused.STALE_FORM, Refused.SID_TAKEN):
+            seal = parts.seals.mint(who.user, name)
+        return _form(entry, seal, problem), int(problem.status)
+    return redirect(url_for("pages.progress_page", sid=sid), 303)
+
+
+def _form(entry: Machine, seal: str, problem: Problem | None = None) -> str:
+    settings = services().settings
+    return render_template(
+        "machine.html",
+        machine=entry,
+        seal=seal,
+        problem=problem,
+        filled=request.form,
+        lifetimes=lifetimes(settings),
+        lifetime_s=settings.lifetime_default_s,
+        policies=GpuPolicy,
+        any_gpu=_ANY_GPU,
+    )
+
+
+def _wish(name: str, form: Mapping[str, str]) -> Wish:
+    """What a form asks for. A field that was not sent means the default; one that can't be read is a fault."""
+    wrong = []
+    numbers: dict[str, int | None] = {}
+    for field in ("cpus", "memory_mib", "disk_gib", "lifetime_s"):
+        text = form.get(field)
+        if text is not None and not _NUMBER.fullmatch(text):
+            wrong.append(f"{field}: must be a whole number")
+        else:
+            numbers[field] = None if text is None else int(text)
+    if form.get("persistent", "no") not in ("no", "yes"):
+        wrong.append("persistent: must be yes or no")
+    if wrong:
+        raise Problem(Refused.BAD_FIELDS, details=wrong)
+    gpu = form.get("gpu")
+    return Wish(
+        machine=name,
+        cpus=numbers["cpus"],
+        memory_mib=numbers["memory_mib"],
+        disk_gib=numbers["disk_gib"],
+        gpus=None if gpu is None else int(bool(gpu)),
+        gpu_model="" if gpu in (None, _ANY_GPU) else gpu,
+        persistent=form.get("persistent") == "yes",
+        lifetime_s=numbers["lifetime_s"],
+    )
 
 
 @pages.get("/progress/<sid>")
-def progress(sid: str) -> WerkzeugResponse | str:
-    desktop = own_desktop(_checked(sid))
+def progress_page(sid: str) -> Page:
+    """How a desktop gets on; its screen as soon as there is one."""
+    desktop = own_desktop(checked(sid))
     if desktop.running:
         return redirect(url_for("pages.desktop", sid=sid))
-    return render_template("progress.html", story=services().desktops.story(desktop), pause="150ms")
+    return render_template("progress.html", **_progress(desktop))
 
 
 @pages.get("/progress/<sid>/part")
-def progress_part(sid: str) -> Response:
-    desktop = own_desktop(_checked(sid))
-    parts = services()
-    fresh = parts.clock.wall() - desktop.created_at < _IMPATIENT_S
-    story = parts.desktops.story(desktop)
-    response = make_response(render_template("_progress.html", story=story, pause="150ms" if fresh else "1s"))
+def progress_part(sid: str) -> Page:
+    """The part of the progress page that changes."""
+    desktop = own_desktop(checked(sid))
+    response = make_response(render_template("_progress.html", **_progress(desktop)))
     if desktop.running:
         response.headers["HX-Redirect"] = url_for("pages.desktop", sid=sid)
     return response
 
 
+def _progress(desktop: Desktop) -> dict[str, object]:
+    now = services().clock.wall()
+    story = services().desktops.story(desktop)
+    return {
+        "story": story,
+        "desktop": story.desktop,
+        "stages": progress.stages(story, now),
+        "pause_ms": progress.pause_ms(story.desktop, now),
+    }
+
+
 @pages.get("/desktops")
-def desktops() -> str:
-    found, sure = services().desktops.of_user(person().user)
-    return render_template("desktops.html", desktops=found, sure=sure)
+def desktops() -> Page:
+    """The person's desktops."""
+    return render_template("desktops.html", **_own())
 
 
 @pages.get("/desktops/part")
-def desktops_part() -> str:
+def desktops_part() -> Page:
+    """The part of the list that changes."""
+    return render_template("_desktops.html", **_own())
+
+
+def _own() -> dict[str, object]:
     found, sure = services().desktops.of_user(person().user)
-    return render_template("_desktops.html", desktops=found, sure=sure)
+    return {
+        "live": [desktop for desktop in found if not desktop.over],
+        "history": [desktop for desktop in found if desktop.over],
+        "sure": sure,
+    }
 
 
 @pages.post("/desktops/<sid>/stop")
-def stop(sid: str) -> WerkzeugResponse:
-    actions.stop(_checked(sid))
-    return redirect(url_for("pages.desktops"))
+def stop(sid: str) -> Response:
+    """Stop a desktop."""
+    actions.stop(checked(sid))
+    return redirect(url_for("pages.desktops"), 303)
 
 
 @pages.get("/desktop/<sid>")
-def desktop(sid: str) -> WerkzeugResponse | str:
-    found = own_desktop(_checked(sid))
-    if found.over:
-        return redirect(url_for("pages.desktops"))
-    if not found.running and found.state != "stopping":
-        return redirect(url_for("pages.progress", sid=sid))
-    return render_template("desktop.html", desktop=found)
+def desktop(sid: str) -> Page:
+    """The screen of a desktop."""
+    found = own_desktop(checked(sid))
+    if found.over or found.waiting:
+        return redirect(url_for("pages.progress_page", sid=sid))
+    return render_template("desktop.html", desktop=found, stopping=found.state == State.STOPPING)

@@ -24,7 +24,8 @@ def memory(mib: int) -> str:
     """512 MiB, 1 GiB, 1.5 GiB."""
     if mib < 1024:
         return f"{mib} MiB"
-    return f"{mib / 1024:.4g} GiB" if mib < 1024 * 1024 else f"{mib / 1024 / 1024:.4g} TiB"
+    amount, unit = (mib / 1024, "GiB") if mib < 1024 * 1024 else (mib / 1024 / 1024, "TiB")
+    return f"{round(amount, 1):g} {unit}"
 
 
 def size(resources: Resources) -> str:
@@ -67,6 +68,11 @@ def offset(seconds: float) -> str:
 def utc(at: float) -> str:
     """A time that a page shows in full when asked."""
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def iso(at: float) -> str:
+    """The same for programs (RFC 3339)."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 
 def ladder(low: int, default: int, high: int) -> list[int]:

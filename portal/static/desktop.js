@@ -1,104 +1,175 @@
-// The desktop in the browser. Where to connect comes from the server alone, with a fresh ticket each time; nothing in
-// the page's address is looked at.
+// The screen of a desktop: noVNC over a WebSocket that is opened with a fresh ticket each time, and reopened by itself.
+// Where to connect comes from the server alone; nothing in the page's own address is looked at.
+
 import RFB from "./vendor/novnc/core/rfb.js";
 
-const page = document.body.dataset;
-const state = document.getElementById("state");
-const screen = document.getElementById("screen");
-const csrf = document.querySelector('meta[name="csrf-token"]').content;
-const PAUSES_MS = [300, 1000, 2000, 4000, 5000];
-const QUIET_MS = 4000; // so long without a byte, and the other side is asked for one
-const DEAD_MS = 4000; // so long without an answer, and the connection counts as cut
-// RFC 6143, 7.5.3: FramebufferUpdateRequest, not incremental, one pixel at 0,0: any live server answers it.
+const PAUSES_MS = [300, 1000, 2000, 4000, 5000]; // before each try in a row; the last one repeats
+const OPEN_WITHIN_MS = 15000;
+// A cut that nobody tells us of is noticed within QUIET + ANSWER + one TICK, 9 s.
+const TICK_MS = 1000;
+const QUIET_MS = 4000; // without a message for so long, ask for one
+const ANSWER_MS = 4000;
+// RFC 6143, 7.5.3: FramebufferUpdateRequest, not incremental, one pixel at 0,0. A living server must answer it.
 const PROBE = new Uint8Array([3, 0, 0, 0, 0, 0, 0, 1, 0, 1]);
+const NAME_CHARACTERS = 60;
 
-let rfb = null;
+const page = document.body.dataset;
+const csrf = document.querySelector("meta[name=csrf-token]").content;
+const element = (id) => document.getElementById(id);
+const [screen, stateLine, nameLine, message] = ["screen", "state", "name", "message"].map(element);
+const [paste, keys, fit, full] = ["paste", "keys", "fit", "full"].map(element);
+
+let link = null; // the present connection: {rfb, socket, up, openedAt, heardAt, askedAt}
 let failures = 0;
-let fit = true;
+let timer = null;
+let over = false;
 
-function show(name, text) {
-  state.dataset.state = name;
-  state.textContent = text;
+function show(state, text) {
+  stateLine.dataset.state = state;
+  stateLine.textContent = text;
+  const up = state === "connected";
+  keys.disabled = !up;
+  paste.disabled = !up || !navigator.clipboard;
+  screen.classList.toggle("stale", !up);
 }
 
 function end(text) {
-  show("ended", text);
-}
-
-async function ticket() {
-  const answer = await fetch(page.ticket, { method: "POST", headers: { "X-CSRFToken": csrf }, redirect: "manual" });
-  if (answer.status === 401) {
-    location.assign(page.login);
-    return null;
-  }
-  const body = await answer.json();
-  if (answer.ok) return body;
-  if (body.reason === "ended" || body.reason === "no_such_desktop" || body.reason === "stale_form") {
-    end(body.message);
-    return null;
-  }
-  throw new Error(body.message);
+  over = true;
+  show("ended", "Ended");
+  message.querySelector("p").textContent = text;
+  message.hidden = false;
 }
 
 function again(text) {
-  const pause = PAUSES_MS[Math.min(failures++, PAUSES_MS.length - 1)];
-  show("reconnecting", text || "The connection was lost; trying again …");
-  setTimeout(connect, pause);
+  if (over || link) return;
+  show("reconnecting", text);
+  clearTimeout(timer);
+  timer = setTimeout(connect, PAUSES_MS[Math.min(failures, PAUSES_MS.length - 1)]);
+  failures += 1;
+}
+
+/** A fresh ticket; null when there is none, and what follows from that was begun. */
+async function fetchTicket() {
+  let response;
+  let body;
+  try {
+    response = await fetch(page.ticket, {
+      method: "POST",
+      headers: { "X-CSRFToken": csrf, Accept: "application/json" },
+      signal: AbortSignal.timeout(OPEN_WITHIN_MS),
+    });
+    body = await response.json();
+  } catch {
+    again("The portal does not answer; trying again…");
+    return null;
+  }
+  if (response.ok) return body;
+  if (response.status === 401) {
+    over = true;
+    location.assign(page.login);
+  } else if (response.status >= 500 || response.status === 429 || body.reason === "not_running") {
+    again(body.message);
+  } else {
+    end(body.message);
+  }
+  return null;
 }
 
 async function connect() {
-  let right;
-  try {
-    right = await ticket();
-  } catch (error) {
-    return again(error.message);
-  }
-  if (!right) return undefined;
+  clearTimeout(timer);
+  const right = await fetchTicket();
+  if (!right || link) return;
+  // Opened here and not by noVNC, so that a silent cut can be noticed and the connection dropped.
   const socket = new WebSocket(`${right.console_url}?ticket=${encodeURIComponent(right.ticket)}`, ["binary"]);
-  socket.binaryType = "arraybuffer";
   screen.replaceChildren();
-  rfb = new RFB(screen, socket);
-  rfb.scaleViewport = fit;
+  const rfb = new RFB(screen, socket);
+  const now = performance.now();
+  const mine = { rfb, socket, up: false, openedAt: now, heardAt: now, askedAt: null };
+  link = mine;
+  rfb.scaleViewport = fit.ariaPressed === "true";
+  rfb.clipViewport = !rfb.scaleViewport;
   rfb.resizeSession = true;
-  let heard = Date.now();
-  let asked = 0;
-  let up = false;
-  socket.addEventListener("message", () => { heard = Date.now(); asked = 0; });
-  const watch = setInterval(() => {
-    const now = Date.now();
-    if (up && asked && now - asked > DEAD_MS) {
-      socket.close();
-      finish();
-    } else if (up && !asked && now - heard > QUIET_MS) {
-      asked = now;
-      socket.send(PROBE);
-    }
-  }, 1000);
-  let finished = false;
-  function finish() {
-    if (finished) return;
-    finished = true;
-    clearInterval(watch);
-    again();
-  }
+  socket.addEventListener("message", () => {
+    mine.heardAt = performance.now();
+    mine.askedAt = null;
+  });
   rfb.addEventListener("connect", () => {
-    up = true;
+    if (link !== mine) return;
+    mine.up = true;
     failures = 0;
     show("connected", "Connected");
     rfb.focus();
   });
-  rfb.addEventListener("disconnect", finish);
-  return undefined;
+  // The guest chooses this text: it is shown, never more.
+  rfb.addEventListener("desktopname", (event) => { nameLine.textContent = event.detail.name.slice(0, NAME_CHARACTERS); });
+  rfb.addEventListener("clipboard", (event) => { navigator.clipboard?.writeText(event.detail.text).catch(() => {}); });
+  rfb.addEventListener("disconnect", () => drop(mine));
 }
 
-document.getElementById("keys").addEventListener("click", () => { if (rfb) rfb.sendCtrlAltDel(); });
-document.getElementById("full").addEventListener("click", () => {
-  if (document.fullscreenElement) document.exitFullscreen();
-  else document.documentElement.requestFullscreen();
+/** Give a connection up and try for a new one; what a dropped one still says changes nothing. */
+function drop(which) {
+  if (link !== which) return;
+  link = null;
+  again(which.up ? "The connection was lost; connecting again…" : "No connection yet; trying again…");
+}
+
+function cut(which) {
+  drop(which); // first: closing a dead connection takes long, and nobody should wait for it
+  which.rfb.disconnect();
+}
+
+function watch() {
+  if (!link) return;
+  const now = performance.now();
+  if (!link.up) {
+    if (now - link.openedAt > OPEN_WITHIN_MS) cut(link);
+  } else if (link.askedAt !== null) {
+    if (now - link.askedAt > ANSWER_MS) cut(link);
+  } else if (now - link.heardAt > QUIET_MS && link.socket.readyState === WebSocket.OPEN) {
+    link.socket.send(PROBE);
+    link.askedAt = now;
+  }
+}
+
+keys.addEventListener("click", () => {
+  link?.rfb.sendCtrlAltDel();
+  link?.rfb.focus();
 });
-document.getElementById("fit").addEventListener("click", (event) => {
-  fit = !fit;
-  event.target.setAttribute("aria-pressed", String(fit));
-  if (rfb) rfb.scaleViewport = fit;
+
+paste.addEventListener("click", async () => {
+  try {
+    link?.rfb.clipboardPasteFrom(await navigator.clipboard.readText());
+  } catch {
+    paste.title = "This browser does not let the page read the clipboard";
+    paste.disabled = true;
+  }
+  link?.rfb.focus();
 });
+
+fit.addEventListener("click", () => {
+  const scaled = fit.ariaPressed !== "true";
+  fit.ariaPressed = String(scaled);
+  if (!link) return;
+  link.rfb.scaleViewport = scaled;
+  link.rfb.clipViewport = !scaled;
+  link.rfb.dragViewport = false;
+  link.rfb.focus();
+});
+
+full.addEventListener("click", async () => {
+  if (document.fullscreenElement) await document.exitFullscreen();
+  else await document.documentElement.requestFullscreen();
+  link?.rfb.focus();
+});
+
+document.addEventListener("fullscreenchange", () => { full.ariaPressed = String(Boolean(document.fullscreenElement)); });
+
+// Back on the network, or looked at again: no reason to sit out the pause.
+function hurry() {
+  if (!over && !link && document.visibilityState === "visible") connect();
+}
+window.addEventListener("online", hurry);
+document.addEventListener("visibilitychange", hurry);
+
+setInterval(watch, TICK_MS);
 connect();

@@ -1,11 +1,42 @@
-// One confirm dialog for the whole page: it stands outside the parts that are polled, so polling never wipes it.
+// Asks before a desktop is stopped, and tells when the portal does not answer what the page asks again and again.
+
 document.addEventListener("click", (event) => {
-  const stop = event.target.closest("[data-stop]");
   const dialog = document.getElementById("confirm");
-  if (stop && dialog) {
-    dialog.querySelector("form").action = stop.dataset.stop;
+  if (!dialog) return;
+  const button = event.target.closest("[data-confirm]");
+  if (button) {
+    dialog.querySelector("form").action = button.dataset.confirm;
+    dialog.querySelector("[data-fill=what]").textContent = button.dataset.what;
     dialog.showModal();
   } else if (event.target.closest("[data-close]")) {
     dialog.close();
   }
+});
+
+// A second click on a form that is on its way changes nothing, so it should not look as if it did.
+document.addEventListener("submit", (event) => {
+  if (event.defaultPrevented || event.target.dataset.sent) {
+    event.preventDefault();
+    return;
+  }
+  event.target.dataset.sent = "yes";
+  for (const button of event.target.querySelectorAll("button")) button.setAttribute("aria-busy", "true");
+});
+
+// A page that comes back out of the browser's memory is old, and so are its forms.
+window.addEventListener("pageshow", (event) => {
+  if (event.persisted) location.reload();
+});
+
+const offline = document.getElementById("offline");
+
+for (const name of ["htmx:sendError", "htmx:timeout", "htmx:responseError"]) {
+  document.addEventListener(name, () => { offline.hidden = false; });
+}
+
+document.addEventListener("htmx:beforeSwap", (event) => {
+  if (event.detail.isError) return;
+  offline.hidden = true;
+  // What is pressed must not be replaced before it is released: the click would be lost.
+  if (event.detail.target.querySelector("button:active, a:active, details[open]")) event.detail.shouldSwap = false;
 });

@@ -1,0 +1,68 @@
+"""The way from the click to the desktop, as the progress page draws it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deskfleet.portal.desktops import Desktop, Story
+from deskfleet.schemas.session import Event, State
+
+# A desktop that is on its way well mostly starts within this time, and a person watches every step of it.
+_CLOSE_WATCH_S = 3.0
+_FAST_MS, _SLOW_MS = 150, 1000
+
+#: What each stage waits for: its name, and the states of a desktop that has reached it.
+_STAGES: tuple[tuple[str, frozenset[str]], ...] = (
+    ("Asked for", frozenset({"saved", "sent", "queued", "assigned", "starting", "running"})),
+    ("Taken up", frozenset({"queued", "assigned", "starting", "running"})),
+    ("Host chosen", frozenset({"assigned", "starting", "running"})),
+    ("Starting", frozenset({"starting", "running"})),
+    ("Ready", frozenset({"running"})),
+)
+_EVENTS = {Event.PLACE: 2, Event.ACCEPTED: 3, Event.READY: 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage: "done", "current" (waited for) or "ahead"; `after_s` is when it was reached, from the click."""
+
+    name: str
+    status: str
+    after_s: float | None
+
+
+def stages(story: Story, now: float) -> list[Stage]:
+    """The stages of a desktop's start, in order. A desktop that went back to the queue begins again after Taken up."""
+    desktop = story.desktop
+    since = story.asked_at
+    taken_up = desktop.created_at if _reached(desktop, 1) or story.steps else None
+    times: list[float | None] = [since, taken_up, None, None, None]
+    for step in story.steps:
+        if step.event is Event.RETRY:
+            times[2:] = [None, None, None]
+        elif step.event in _EVENTS:
+            times[_EVENTS[step.event]] = step.at
+    reached = [_reached(desktop, number) for number in range(len(_STAGES))]
+    if desktop.over or desktop.state == State.STOPPING:
+        reached = [True, *(time is not None for time in times[1:])]
+    first_ahead = reached.index(False) if False in reached else len(reached)
+    found = []
+    for number, (name, _) in enumerate(_STAGES):
+        status = "done" if number < first_ahead else "ahead"
+        if number == first_ahead and desktop.waiting:
+            status = "current"
+        at = times[number] if status == "done" else now if status == "current" else None
+        found.append(Stage(name, status, None if at is None else max(0.0, at - since)))
+    return found
+
+
+def _reached(desktop: Desktop, number: int) -> bool:
+    return desktop.state in _STAGES[number][1]
+
+
+def pause_ms(desktop: Desktop, now: float) -> int:
+    """How long the page waits before it asks again; 0 when there is nothing left to ask."""
+    if desktop.over:
+        return 0
+    fresh = min(abs(now - desktop.created_at), abs(now - desktop.changed_at)) < _CLOSE_WATCH_S
+    return _FAST_MS if fresh else _SLOW_MS
