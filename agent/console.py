@@ -136,6 +136,7 @@ class _Handler(ProxyRequestHandler):  # type: ignore[misc]
     def send_error(self, code: int, *_: object) -> None:
         """A bare status: the library's page would repeat the request."""
         log.info("refused %s: %s", self.client_address[0], HTTPStatus(code).phrase)
+        self.request_version = self.protocol_version  # else there is no answer to a line that could not be read
         self.send_response_only(code)
         self.send_header("Content-Length", "0")
         self.send_header("Connection", "close")
@@ -170,6 +171,8 @@ class ConsoleServer(WebSocketProxy):  # type: ignore[misc]
     """websockify with our handler, our token plugin and a TLS context that is built once."""
 
     def __init__(self, host: str, port: int, plugin: SessionToken, context: ssl.SSLContext | None) -> None:
+        # What the library says about its settings is wrong for this subclass.
+        self.get_logger().setLevel(logging.WARNING)
         super().__init__(
             RequestHandlerClass=_Handler,
             listen_host=host,
@@ -180,14 +183,30 @@ class ConsoleServer(WebSocketProxy):  # type: ignore[misc]
         )
         self._context = context
 
+    def started(self) -> None:
+        log.info(
+            "consoles on %s port %d, %s", self.listen_host, self.listen_port, "mutual TLS" if self._context else "plain"
+        )
+        self.logger.setLevel(logging.INFO)
+
     def poll(self) -> None:
-        """Stop accepting while there are very many connections, good ones or not (called in the accept loop)."""
+        """Called in the accept loop: stop accepting while there are very many connections, good ones or not.
+
+        SIGTERM raises an exception wherever the loop is, once, and it may get lost, as in a call of logging. Here it
+        can't.
+        """
+        if self.terminating:
+            raise self.Terminate
         while len(multiprocessing.active_children()) >= _MOST_CHILDREN:
             time.sleep(0.1)
 
-    def do_handshake(self, sock: Any, address: Any) -> Any:
-        """TLS, if asked for, always: the library would let the client choose. Runs in the connection's process."""
+    def top_new_client(self, startsock: Any, address: Any) -> None:
+        """One connection, in a process of its own, which SIGTERM simply ends."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        super().top_new_client(startsock, address)
+
+    def do_handshake(self, sock: Any, address: Any) -> Any:
+        """TLS, if asked for, always: the library would let the client choose."""
         sock.settimeout(_HEAD_S)
         if self._context:
             try:
@@ -267,6 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # refusing takes files as well
     multiprocessing.set_start_method("fork")  # from Python 3.14 on the default would not inherit the listener's state
     ConsoleServer(host, port, SessionToken(options.run_dir, options.nonce_dir), context).start_server()
+    for child in multiprocessing.active_children():
+        child.kill()  # else the end would wait for those that have missed SIGTERM
     return 0
 
 

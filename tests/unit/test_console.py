@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
+import resource
 import socket
 import time
 from collections.abc import Iterator
@@ -16,7 +18,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deskfleet.agent.console import SOCKET, SessionToken, TokenRefused, _Redact, expire_nonces, main
+from deskfleet.agent.console import (
+    SOCKET,
+    ConsoleServer,
+    SessionToken,
+    TokenRefused,
+    _Handler,
+    _Redact,
+    expire_nonces,
+    main,
+)
 
 S, N = "a" * 32, "1" * 32
 
@@ -161,6 +172,33 @@ def test_a_use_that_cannot_be_recorded_opens_nothing(place: Place) -> None:
     with pytest.raises(TokenRefused) as caught:
         place.plugin.lookup(f"{S}.{N}")
     assert caught.value.status is HTTPStatus.INTERNAL_SERVER_ERROR
+
+
+@pytest.mark.parametrize(("lowest", "status"), [(3, b"404"), (1016, b"503")])
+def test_a_connection_that_select_could_not_watch_is_refused(tmp_path: Path, lowest: int, status: bytes) -> None:
+    """select(2) ends at file number 1023; beyond, websockify would accept a console and then lose it."""
+
+    class Server:
+        token_plugin = SessionToken(tmp_path, tmp_path)
+        only_upgrade = True
+        EClose = ConsoleServer.EClose
+
+    ours, theirs = socket.socketpair()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    placed = socket.socket(fileno=fcntl.fcntl(theirs, fcntl.F_DUPFD, lowest))
+    try:
+        ours.sendall(
+            f"GET /websockify?token={S}.{N} HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {'A' * 22}==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        with pytest.raises(Server.EClose):
+            _Handler(placed, ("10.0.0.1", 1), Server())
+        assert ours.recv(1000).split()[1] == status
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for sock in (ours, theirs, placed):
+            sock.close()
 
 
 def test_old_nonces_are_removed_and_nothing_else(tmp_path: Path) -> None:
