@@ -214,7 +214,7 @@ def _story(content: dict[str, Any]) -> str:
 def open_(portal: Portal, as_json: bool, sid: str) -> None:
     """Print the address of a desktop's page."""
     session = portal.call("GET", f"/sessions/{quote(sid, safe='')}")
-    address = f"{portal.url}/desktops/{session['sid']}"
+    address = f"{portal.url}/desktop/{session['sid']}"
     _show(as_json, {"sid": session["sid"], "url": address}, lambda: printable(address))
 
 

@@ -246,7 +246,7 @@ def test_a_desktop_is_launched_shown_listed_and_stopped(portal: str, parts: Serv
     sid = session["sid"]
     assert sid in remote(portal, ann, "list").stdout
     assert "saved" in remote(portal, ann, "show", sid).stdout
-    assert remote(portal, ann, "open", sid).stdout == f"{portal}/desktops/{sid}\n"
+    assert remote(portal, ann, "open", sid).stdout == f"{portal}/desktop/{sid}\n"
     assert remote(portal, ann, "stop", sid).exit_code == 0
     shown = json.loads(remote(portal, ann, "show", sid, "--json").stdout)
     assert (shown["state"], shown["outcome"], shown["reason"]) == ("ended", "cancelled", "stopped_by_user")

@@ -698,6 +698,13 @@ def test_a_wrong_name_is_given_back_as_text(app: Flask) -> None:
 # The console.
 
 
+def test_the_address_that_the_command_line_prints_is_a_page(world: World, alice: Browser) -> None:
+    world.session(MINE, "alice", State.RUNNING)
+    assert alice.get(f"/desktop/{MINE}").status_code == 200
+    waiting = world.session("d" * 32, "alice", State.QUEUED)
+    assert alice.get(f"/desktop/{waiting.sid}").headers["Location"] == f"/progress/{waiting.sid}"
+
+
 def test_a_ticket_is_for_a_running_desktop_only(world: World, alice: Browser) -> None:
     token = alice.csrf("/desktops")
     expected = {
