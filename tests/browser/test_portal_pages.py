@@ -1,0 +1,260 @@
+"""The portal's pages in a real browser, against a console without a guest: what a person meets, good days and bad."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from demo.smoke import CHROMIUM, CHROMIUM_ARGS
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+from support.fake_console import FakeConsole
+from support.portals import PASSWORD, World
+from werkzeug.serving import make_server
+
+from deskfleet.portal.app import create_app
+from deskfleet.schemas.errors import Reason
+from deskfleet.schemas.messages import LaunchRequested
+from deskfleet.schemas.session import Event, State
+from deskfleet.schemas.verdict import Verdict
+
+SID = "a" * 32
+PATIENCE_MS = 30_000
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+class Site:
+    """A portal that listens, with a fake console, and what the browser complained about."""
+
+    def __init__(self, folder: Path, console: FakeConsole) -> None:
+        self.console = console
+        console_url = f"ws://127.0.0.1:{console.port}/console"
+        self.world = World(folder, console_url=console_url)
+        self.complaints: list[str] = []
+        self._app = create_app(self.world.portal)
+        self.listen(0)
+
+    def listen(self, port: int) -> None:
+        """Begin to answer."""
+        self._server = make_server("127.0.0.1", port, self._app, threaded=True)
+        self.port: int = self._server.server_port
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def hush(self) -> None:
+        """Stop answering, as a portal that is down."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def page(self, browser: Browser, user: str, **options: object) -> Page:
+        """A logged-in page that tells of every dialog, script error and breach of the content policy."""
+        page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("dialog", lambda dialog: (self.complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))  # type: ignore[arg-type]
+        page.on("pageerror", lambda error: self.complaints.append(f"script {error}"))
+        page.on(
+            "console",
+            lambda said: self.complaints.append(said.text) if "Content Security" in said.text else None,
+        )
+        page.goto(f"{self.url}/login")
+        page.fill("input[name=user]", user)
+        page.fill("input[name=password]", PASSWORD)
+        page.keyboard.press("Enter")
+        page.wait_for_url(f"{self.url}/launch")
+        return page
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    with FakeConsole(HOSTILE) as console:
+        site = Site(tmp_path, console)
+        site.world.portal.accounts.add("alice", PASSWORD)
+        site.world.portal.accounts.add("boss", PASSWORD, admin=True)
+        site.world.host("h1")
+        yield site
+        site.hush()
+        site.world.close()
+        assert site.complaints == []
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.05)
+
+
+def test_one_click_and_each_step_shows_until_the_desktop_opens_by_itself(browser: Browser, site: Site) -> None:
+    page = site.page(browser, "alice")
+    page.dblclick("article[data-machine=desktop] button[name=start]")
+    page.wait_for_url("**/progress/*")
+    sid = page.url.rsplit("/", 1)[1]
+    (request,) = site.world.sent()
+    assert isinstance(request, LaunchRequested) and request.sid == sid, "a double click is one request"
+    site.world.tick()
+    expect(page.locator("[aria-current=step] .name")).to_have_text("Taken up")
+    site.world.take_up()
+    with site.world.writer.begin() as tx:
+        tx.explain(sid, [Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free")], 1.0)
+    expect(page.locator("[aria-current=step] .name")).to_have_text("Host chosen")
+    expect(page.locator("#progress")).to_contain_text("You are next")
+    expect(page.locator("#progress")).to_contain_text("h1: 2.1 of 4 GiB free")
+    session = site.world.reader.session(sid)
+    assert session
+    for event in (Event.PLACE, Event.ACCEPTED, Event.READY):
+        session = site.world.step(session, event)
+    page.wait_for_url(f"**/desktop/{sid}")
+    page.wait_for_selector("[data-state=connected]")
+
+
+@contextmanager
+def opened(browser: Browser, site: Site, query: str = "") -> Iterator[Page]:
+    site.world.session(SID, "alice", State.RUNNING)
+    page = site.page(browser, "alice")
+    page.goto(f"{site.url}/desktop/{SID}{query}")
+    page.wait_for_selector("[data-state=connected]")
+    yield page
+    page.context.close()
+
+
+def test_what_the_guest_calls_itself_is_shown_as_text(browser: Browser, site: Site) -> None:
+    with opened(browser, site) as page:
+        expect(page.locator("#name")).to_have_text(HOSTILE)
+        assert page.locator("#bar img").count() == 0
+
+
+def test_the_page_goes_where_the_server_says_whatever_its_address_holds(browser: Browser, site: Site) -> None:
+    with FakeConsole() as foreign:
+        query = f"?host=127.0.0.1&port={foreign.port}&path=console&token=x&autoconnect=1&encrypt=0"
+        with opened(browser, site, f"{query}#{query[1:]}"):
+            assert foreign.paths == []
+            assert all(re.fullmatch(r"/console\?ticket=[\w.-]+", path) for path in site.console.paths)
+
+
+def test_a_silent_cut_is_noticed_and_mended_with_a_fresh_ticket(browser: Browser, site: Site) -> None:
+    with opened(browser, site) as page:
+        site.console.silent.set()
+        page.wait_for_selector("[data-state=reconnecting]")
+        site.console.silent.clear()
+        page.wait_for_selector("[data-state=connected]")
+    assert len(site.console.paths) >= 2 and len(set(site.console.paths)) == len(site.console.paths)
+
+
+def test_a_quiet_desktop_is_not_taken_for_a_dead_one(browser: Browser, site: Site) -> None:
+    with opened(browser, site) as page:
+        page.wait_for_timeout(12_000)  # longer than it takes to notice a silent cut
+        assert page.get_attribute("#state", "data-state") == "connected"
+    assert len(site.console.paths) == 1
+
+
+def test_a_portal_that_is_away_does_not_end_the_desktop(browser: Browser, site: Site) -> None:
+    with opened(browser, site) as page:
+        site.hush()
+        site.console.cut()
+        expect(page.locator("#state")).to_contain_text("portal does not answer")
+        site.listen(site.port)
+        page.wait_for_selector("[data-state=connected]")
+
+
+def test_an_end_is_told_with_its_reason_and_nothing_tries_again(browser: Browser, site: Site) -> None:
+    with opened(browser, site) as page:
+        session = site.world.reader.session(SID)
+        assert session
+        site.world.step(site.world.step(session, Event.STOP), Event.GONE)
+        site.console.cut()
+        expect(page.locator("#message")).to_contain_text("Stopped")
+        tries = len(site.console.paths)
+        page.wait_for_timeout(2_000)
+        assert len(site.console.paths) == tries
+
+
+def test_after_a_logout_elsewhere_the_page_asks_for_a_login_and_comes_back(browser: Browser, site: Site) -> None:
+    with opened(browser, site) as page:
+        site.world.portal.accounts.set_password("alice", PASSWORD + "!")
+        site.console.cut()
+        page.wait_for_url("**/login?**")
+        page.fill("input[name=user]", "alice")
+        page.fill("input[name=password]", PASSWORD + "!")
+        page.keyboard.press("Enter")
+        page.wait_for_url(f"**/desktop/{SID}")
+
+
+def test_stopping_asks_first_and_works_by_keyboard(browser: Browser, site: Site) -> None:
+    site.world.session(SID, "alice", State.RUNNING)
+    page = site.page(browser, "alice")
+    page.goto(f"{site.url}/desktops")
+    page.focus(f"#stop-{SID}")
+    page.keyboard.press("Enter")
+    expect(page.locator("#confirm")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#confirm")).to_be_hidden()
+    assert site.world.sent() == []
+    page.focus(f"#stop-{SID}")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    until(lambda: len(site.world.sent()) == 1, "the stop is sent")
+    expect(page.locator(f"#stop-{SID}")).to_be_disabled()
+
+
+def test_polling_keeps_the_focus_and_tells_when_the_portal_is_away(browser: Browser, site: Site) -> None:
+    site.world.session(SID, "alice", State.RUNNING)
+    page = site.page(browser, "alice")
+    page.goto(f"{site.url}/desktops")
+    page.focus(f"#stop-{SID}")
+    with page.expect_response("**/desktops/part"):
+        pass
+    page.wait_for_timeout(200)
+    assert page.evaluate("document.activeElement.id") == f"stop-{SID}"
+    site.hush()
+    expect(page.locator("#offline")).to_be_visible()
+    site.listen(site.port)
+    expect(page.locator("#offline")).to_be_hidden()
+
+
+def test_no_hostile_name_becomes_more_than_text_on_any_page(browser: Browser, site: Site) -> None:
+    site.world.machine("desktop", title=HOSTILE)
+    site.world.portal.accounts.add(HOSTILE, PASSWORD, admin=True)
+    site.world.session(SID, HOSTILE, State.RUNNING)
+    waiting = site.world.session("b" * 32, HOSTILE, State.QUEUED)
+    site.world.host("h1", problems=(HOSTILE,))
+    page = site.page(browser, HOSTILE)
+    for path in ("launch", "launch/desktop", "desktops", f"progress/{waiting.sid}", "admin/", "admin/audit", "nothing"):
+        page.goto(f"{site.url}/{path}")
+        assert page.locator("img").count() == 0, path
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_fits_a_phone(browser: Browser, site: Site, scheme: str) -> None:
+    site.world.session(SID, "boss", State.RUNNING)
+    waiting = site.world.session("b" * 32, "boss", State.QUEUED)
+    page = site.page(browser, "boss", viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    paths = (
+        "launch",
+        "launch/desktop",
+        "desktops",
+        f"progress/{waiting.sid}",
+        f"desktop/{SID}",
+        "admin/",
+        "admin/audit",
+    )
+    for path in paths:
+        page.goto(f"{site.url}/{path}")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
