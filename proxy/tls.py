@@ -105,7 +105,8 @@ class TlsSocket:
 
     def send(self, data: bytes | memoryview) -> int:
         """Encrypt and send; return how many bytes were taken. Up to CHUNK of them may still be `unsent`."""
-        self.flush()
+        if self._unsent:
+            self.flush()
         taken = 0
         while taken < len(data) and not self._unsent:
             taken += self._tls.write(data[taken : taken + CHUNK])
@@ -145,6 +146,9 @@ class TlsSocket:
             # or, when ours has been sent before, an SSLZeroReturnError.
             while got := int(self._tls.read(len(buffer) - count, buffer[count:])):
                 count += got
+                # Asking once more would say the same by an exception, which costs more than all the rest.
+                if not self._from_peer.pending and not self._tls.pending():
+                    return count
         except ssl.SSLWantReadError:
             return count
         except ssl.SSLZeroReturnError:
