@@ -9,11 +9,13 @@ import random
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flask import Flask
 from gunicorn.app.base import BaseApplication
+from sqlalchemy.exc import DBAPIError
 
 from deskfleet.ledger.engine import LedgerError, check_revision, open_engine
 from deskfleet.portal.app import create_app
@@ -31,6 +33,7 @@ from deskfleet.schemas.errors import TicketError
 
 log = logging.getLogger("deskfleet.portal")
 
+_VIEWER = Path(__file__).parent / "static" / "vendor" / "novnc" / "core" / "rfb.js"
 _SWEEP_S = 1.0
 _PRUNE_S = 600.0
 
@@ -120,13 +123,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(sections: dict[str, Any]) -> None:
-    """Refuse to start on databases of another revision, before any worker is forked."""
-
+    """Refuse to start on databases of another revision, or without what the pages need, before any worker is forked."""
+    if not _VIEWER.is_file():
+        raise StoreError("the pages' libraries are not installed: run portal/assets/install, or install a release")
     engine = open_engine(sections["ledger"]["url"], read_only=True)
-    check_revision(engine)
-    engine.dispose()
     store = Store(sections["portal"].database.reveal())
-    store.check_revision()
+    for what, check in (
+        ("the ledger", partial(check_revision, engine)),
+        ("the portal's database", store.check_revision),
+    ):
+        try:
+            check()
+        except DBAPIError as error:
+            # The driver's words alone: the URL, which SQLAlchemy would add, may hold a password.
+            raise StoreError(f"{what} can't be opened: {error.orig}".splitlines()[0]) from None
+    engine.dispose()
     store.close()
 
 

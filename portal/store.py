@@ -26,7 +26,7 @@ VERSION_TABLE = "portal_version"
 
 
 class StoreError(DeskfleetError):
-    """Raised when the portal's database is of another revision than this version needs."""
+    """Raised when the portal's database, or its folder of static files, is not what this version needs."""
 
 
 class Store:
