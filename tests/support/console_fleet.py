@@ -279,7 +279,8 @@ class Proxy:
 
     def refusal(self, sid: str, generation: int = 7, text: str = "", **options: Any) -> tuple[int, str]:
         try:
-            self.connect(sid, generation, text, **options).close()
+            with self.connect(sid, generation, text, **options):
+                pass
         except InvalidStatus as error:
             return error.response.status_code, json.loads(error.response.body)["reason"]
         raise AssertionError("it was let in")
