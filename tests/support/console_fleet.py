@@ -56,13 +56,18 @@ def accepts(port: int, address: str = "127.0.0.1") -> bool:
 
 
 class Process:
-    """A child whose output goes to a file."""
+    """A child whose output goes to a file. It dies with us, so that a failed test leaves nothing behind."""
 
     def __init__(self, argv: list[str], log: Path, **options: Any) -> None:
         self.log = log
         with log.open("ab") as sink:
             self.child = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True, **options
+                ["setpriv", "--pdeathsig", "KILL", *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=sink,
+                start_new_session=True,
+                **options,
             )
 
     def end(self, kill: bool = False) -> int:
