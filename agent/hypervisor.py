@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -249,9 +249,7 @@ class QemuHypervisor:
             self._task(guest, self._shutdown(entry.sid, guest, attending, powerdown=entry.ran))
 
     async def _shutdown(self, sid: str, guest: _Guest, attending: list[asyncio.Task[None]], *, powerdown: bool) -> None:
-        for task in attending:  # the launch, or the one that holds the QMP socket, which serves one client only
-            task.cancel()
-        await asyncio.gather(*attending, return_exceptions=True)
+        await end_tasks(attending)  # the launch, or the one that holds the QMP socket, which serves one client only
         if guest.process is None:
             self.news.exited(sid)
             return
@@ -347,14 +345,24 @@ class QemuHypervisor:
 
     async def close(self) -> None:
         """Let go of every guest; they run on."""
-        tasks = [task for guest in self._guests.values() for task in guest.tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks([task for guest in self._guests.values() for task in guest.tasks])
 
     def leftovers(self) -> set[str]:
         """The sids that have files here."""
         return {path.name for path in self._config.run.iterdir()} | self._disks.present()
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended.
+
+    Once is not enough: wait_for of Python 3.11 drops a cancellation that comes in the same moment as the answer
+    (seen as a stop that never ended, since the task that held the QMP socket lived on).
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=0.2)
 
 
 async def _greets(path: Path) -> bool:
