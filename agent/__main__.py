@@ -58,7 +58,7 @@ async def _run(settings: AgentSettings, *, purge: bool) -> int:
     bus = AmqpBus(
         settings.broker_url.reveal().split(),
         name=f"agent-{settings.host}",
-        dispatch=lambda action: _discard(loop.call_soon_threadsafe(action)),
+        dispatch=loop.call_soon_threadsafe,
         clock=clock,
         rng=random.Random(),  # noqa: S311  jitter of the reconnects
     )
@@ -79,10 +79,6 @@ async def _run(settings: AgentSettings, *, purge: bool) -> int:
     await asyncio.to_thread(bus.stop)
     ops.close()
     return 0
-
-
-def _discard(_: object) -> None:
-    """The loop's handle is not needed."""
 
 
 def _alarm(error: BusError, trouble: list[str]) -> None:

@@ -26,7 +26,7 @@ from deskfleet.agent.journal import FileJournal
 from deskfleet.agent.link import Link
 from deskfleet.agent.processes import Spawn, spawn
 from deskfleet.agent.settings import AgentSettings
-from deskfleet.runtime.bus import Bus
+from deskfleet.runtime.bus import Bus, run_callback
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DeskfleetError
 from deskfleet.schemas.host import HostReport
@@ -181,10 +181,7 @@ class Service:
 
     async def _every(self, seconds: float, action: Callable[[], None]) -> None:
         while True:
-            try:
-                action()
-            except Exception:
-                log.exception("a periodic action failed")
+            run_callback(action, "periodic work")
             await asyncio.sleep(seconds)
 
     async def _look_around(self) -> None:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
 from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate, validates_schema
 
 from deskfleet.runtime.secret import Secret
-from deskfleet.runtime.settings import SecretField
+from deskfleet.runtime.settings import SHORTEST_KEY, KeysField, Network, NetworkField, SecretField
 from deskfleet.schemas.messages import ADDRESS
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _DAY = 24 * 3600
-_SHORTEST_KEY = 32
-
-Network = IPv4Network | IPv6Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +56,6 @@ class PortalSettings:
         return f"{parts.scheme}://{parts.netloc}"
 
 
-class _KeysField(fields.Field[tuple[Secret, ...]]):
-    """A list of keys, or a text with one key a word (as a file of keys holds them)."""
-
-    def _deserialize(self, value: Any, *_: Any, **__: Any) -> tuple[Secret, ...]:
-        keys = value.split() if isinstance(value, str) else value
-        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
-            raise ValidationError("must be a list of keys, or one text with a key a line")
-        if any(len(key) < _SHORTEST_KEY for key in keys):
-            raise ValidationError(f"each key must have at least {_SHORTEST_KEY} characters")
-        return tuple(Secret(key) for key in keys)
-
-
-class _NetworkField(fields.Field[Network]):
-    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Network:
-        try:
-            return ip_network(value)
-        except ValueError as error:
-            raise ValidationError(f"is not a network: {error}") from None
-
-
 def _address(default: str) -> fields.String:
     return fields.Str(load_default=default, validate=validate.Regexp(rf"\A{ADDRESS.pattern}\Z"))
 
@@ -117,8 +93,8 @@ class PortalSchema(Schema):
     console_url = fields.Str(required=True)
     broker_url = SecretField(required=True)
     database = SecretField(required=True)
-    secret_key = SecretField(required=True, validate=validate.Length(min=_SHORTEST_KEY))
-    ticket_keys = _KeysField(required=True)
+    secret_key = SecretField(required=True, validate=validate.Length(min=SHORTEST_KEY))
+    ticket_keys = KeysField(required=True)
     admins = fields.List(fields.Str(validate=validate.Length(1, 320)), load_default=list)
     auth = fields.List(
         fields.Str(validate=validate.OneOf(["local"])),
@@ -133,7 +109,7 @@ class PortalSchema(Schema):
     host_silent_s = _seconds(20, 5, 3600)
     workers = fields.Int(load_default=1, strict=True, validate=validate.Range(1, 64))
     threads = fields.Int(load_default=16, strict=True, validate=validate.Range(1, 256))
-    front_proxies = fields.List(_NetworkField(), load_default=list)
+    front_proxies = fields.List(NetworkField(), load_default=list)
 
     @validates_schema(skip_on_field_errors=False)
     def _together(self, data: Mapping[str, Any], **_: Any) -> None:

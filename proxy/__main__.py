@@ -81,7 +81,7 @@ async def _run(settings: ProxySettings) -> int:
     bus = AmqpBus(
         settings.broker_url.reveal().split(),
         name=f"proxy-{replica}",
-        dispatch=lambda action: _discard(loop.call_soon_threadsafe(action)),
+        dispatch=loop.call_soon_threadsafe,
         clock=clock,
         rng=random.Random(),  # noqa: S311  jitter of the reconnects
         declare=topology.for_proxy(replica),
@@ -115,10 +115,6 @@ async def _run(settings: ProxySettings) -> int:
     # Off the loop, which a scrape that is under way still needs.
     await asyncio.to_thread(ops.close)
     return 0
-
-
-def _discard(_: object) -> None:
-    """The loop's handle is not needed."""
 
 
 if __name__ == "__main__":

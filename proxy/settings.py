@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_network
 from typing import Any
 from urllib.parse import urlsplit
 
 from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate, validates_schema
 
-from deskfleet.proxy.gate import Network
 from deskfleet.proxy.server import Limits
 from deskfleet.runtime.secret import Secret
-from deskfleet.runtime.settings import SecretField
+from deskfleet.runtime.settings import KeysField, Network, NetworkField, SecretField
 from deskfleet.schemas.messages import ADDRESS
 
-_SHORTEST_KEY = 32
 _DAY = 86_400
 
 
@@ -39,26 +36,6 @@ class ProxySettings:
     settle_s: float
     keep_s: float
     drain_s: float
-
-
-class _KeysField(fields.Field[tuple[Secret, ...]]):
-    """A list of keys, or a text with one key a word (as a file of keys holds them)."""
-
-    def _deserialize(self, value: Any, *_: Any, **__: Any) -> tuple[Secret, ...]:
-        keys = value.split() if isinstance(value, str) else value
-        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
-            raise ValidationError("must be a list of keys, or one text with a key a line")
-        if any(len(key) < _SHORTEST_KEY for key in keys):
-            raise ValidationError(f"each key must have at least {_SHORTEST_KEY} characters")
-        return tuple(Secret(key) for key in keys)
-
-
-class _NetworkField(fields.Field[Network]):
-    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Network:
-        try:
-            return ip_network(value)
-        except ValueError as error:
-            raise ValidationError(f"is not a network: {error}") from None
 
 
 def _origin(text: str) -> None:
@@ -107,13 +84,13 @@ class ProxySchema(Schema):
     ops_listen = _address("127.0.0.1:9103")
     broker_url = SecretField(required=True)
     origins = fields.List(fields.Str(validate=_origin), required=True, validate=validate.Length(min=1))
-    ticket_keys = _KeysField(required=True)
+    ticket_keys = KeysField(required=True)
     tls_cert = fields.Str(load_default="")
     tls_key = fields.Str(load_default="")
     tls_ca = fields.Str(load_default="")
     insecure_plain_hosts = fields.Bool(load_default=False)
-    front_proxies = fields.List(_NetworkField(), load_default=list)
-    originless = fields.List(_NetworkField(), load_default=list)
+    front_proxies = fields.List(NetworkField(), load_default=list)
+    originless = fields.List(NetworkField(), load_default=list)
     max_tunnels = _count(4000, 1, 100_000)
     max_per_session = _count(8, 1, 1000)
     max_heads = _count(512, 1, 100_000)

@@ -19,7 +19,8 @@ from deskfleet.schemas.errors import DeskfleetError
 
 log = logging.getLogger(__name__)
 
-Dispatch = Callable[[Callable[[], None]], None]
+#: Has an action run by the service; what it returns (an event loop's handle, say) is not looked at.
+Dispatch = Callable[[Callable[[], None]], object]
 
 _BACKOFF_FIRST = 0.25
 _BACKOFF_CAP = 8.0

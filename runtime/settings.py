@@ -12,6 +12,7 @@ import os
 import stat
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from marshmallow import RAISE, Schema, ValidationError, fields
 
 from deskfleet.runtime.secret import Secret, register
 from deskfleet.schemas.errors import DeskfleetError
+
+Network = IPv4Network | IPv6Network
+
+#: Keys that sign or seal must have at least this many characters.
+SHORTEST_KEY = 32
 
 _PREFIX = "DESKFLEET_"
 _FILE = "_file"
@@ -40,6 +46,28 @@ class SecretField(fields.String):
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         return Secret(str(super()._deserialize(value, attr, data, **kwargs)))
+
+
+class KeysField(fields.Field[tuple[Secret, ...]]):
+    """A list of keys, or a text with one key a word (as a file of keys holds them)."""
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> tuple[Secret, ...]:
+        keys = value.split() if isinstance(value, str) else value
+        if not isinstance(keys, list) or not keys or not all(isinstance(key, str) for key in keys):
+            raise ValidationError("must be a list of keys, or one text with a key a line")
+        if any(len(key) < SHORTEST_KEY for key in keys):
+            raise ValidationError(f"each key must have at least {SHORTEST_KEY} characters")
+        return tuple(Secret(key) for key in keys)
+
+
+class NetworkField(fields.Field[Network]):
+    """An IPv4 or IPv6 network, such as 10.0.0.0/8."""
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> Network:
+        try:
+            return ip_network(value)
+        except ValueError as error:
+            raise ValidationError(f"is not a network: {error}") from None
 
 
 def load(

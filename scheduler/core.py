@@ -27,7 +27,7 @@ from deskfleet.schemas.session import State
 
 log = logging.getLogger(__name__)
 
-Job = Callable[[Unit], None]
+Job = Callable[[Unit], object]
 
 #: How often a decision is taken again when somebody else changed the rows first.
 CONFLICT_TRIES = 5

@@ -172,14 +172,14 @@ class Decisions:
         unit.start(session, choice, machine)
         return ()
 
-    def overdue(self, now: float) -> list[Callable[[Unit], None]]:
+    def overdue(self, now: float) -> list[Callable[[Unit], object]]:
         """What only time brings, as work for a transaction each: commands without an echo, waits that are over."""
         for known in (self.commanded, self._waited, self._failed_on, self._explained):
             for sid in known.keys() - self._fleet.sessions.keys():
                 known.pop(sid)
         elapsed = now - self._swept if self._swept is not None else 0.0
         self._swept = now
-        work: list[Callable[[Unit], None]] = []
+        work: list[Callable[[Unit], object]] = []
         for session in self._fleet.sessions.values():
             if session.state is State.QUEUED:
                 waited = self._waited.get(session.sid, session.waited_s) + elapsed
@@ -196,9 +196,9 @@ class Decisions:
         self.place_waiting(unit, now)
         self._wrote_waits = now
 
-    def _give_up(self, session: Session) -> Callable[[Unit], None]:
+    def _give_up(self, session: Session) -> Callable[[Unit], object]:
         step = Step(session, Event.GIVE_UP, Outcome.NO_CAPACITY, Reason.WAITED_TOO_LONG)
-        return lambda unit: _discard(unit.step(step))
+        return lambda unit: unit.step(step)
 
     def _needs_command(self, session: Session, now: float) -> bool:
         """Whether the host should have answered by now: a start without an echo, or a stop that is not done."""
@@ -209,7 +209,7 @@ class Decisions:
             return False  # it would only expire in the queue
         return now - self.commanded.setdefault(session.sid, now) >= self._settings.reissue_s
 
-    def _repeat(self, session: Session, now: float) -> Callable[[Unit], None]:
+    def _repeat(self, session: Session, now: float) -> Callable[[Unit], object]:
         def work(unit: Unit) -> None:
             self.commanded[session.sid] = now
             machine = self._machines().get(session.machine)
@@ -221,7 +221,3 @@ class Decisions:
                 unit.reissue(session, machine)
 
         return work
-
-
-def _discard(_: object) -> None:
-    """Work returns nothing."""
