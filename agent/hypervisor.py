@@ -212,10 +212,10 @@ class QemuHypervisor:
         while not guest.ended.is_set():
             try:
                 async with self._guest_agent(guest), monitor(guest.paths.qmp) as qemu:
-                    events = qemu.events("VNC_CONNECTED", "VNC_INITIALIZED", "VNC_DISCONNECTED")
-                    await self._count(sid, qemu)
-                    async for _ in events:
+                    with qemu.events("VNC_CONNECTED", "VNC_INITIALIZED", "VNC_DISCONNECTED") as events:
                         await self._count(sid, qemu)
+                        async for _ in events:
+                            await self._count(sid, qemu)
             except MonitorError as error:
                 log.info("%s: %s", sid, error)
             with contextlib.suppress(TimeoutError):

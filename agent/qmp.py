@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,16 @@ class Monitor:
         except (QMPError, TimeoutError, OSError, EOFError) as error:
             raise MonitorError(f"{name}: {error or type(error).__name__}") from error
 
-    async def events(self, *names: str) -> AsyncIterator[str]:
-        """The names of these events as they come, until the connection ends."""
+    @contextmanager
+    def events(self, *names: str) -> Iterator[AsyncIterator[str]]:
+        """The names of these events as they come, until the connection ends. Everything from the beginning of the
+        block on is there: what is asked for inside it can't overtake an event unseen."""
         with self._client.listener(names) as listener:
-            while (name := await self._next(listener)) is not None:
-                yield name
+            yield self._each(listener)
+
+    async def _each(self, listener: EventListener) -> AsyncIterator[str]:
+        while (name := await self._next(listener)) is not None:
+            yield name
 
     async def _next(self, listener: EventListener) -> str | None:
         waiting = asyncio.ensure_future(listener.get())

@@ -137,6 +137,12 @@ class Scheduler:
             log.warning("the ledger does not answer: %s", type(error.orig).__name__)
             self._recover()
             return False
+        except Exception:
+            # A fault of ours, met by one message. The rest of its batch must not stay unacknowledged for it, nor
+            # the cache keep what the ledger has rolled back; the message itself ends among the dead letters.
+            log.exception("a decision failed")
+            self._recover()
+            return False
         for message in unit.outbox:
             self._publish(message)
         return True

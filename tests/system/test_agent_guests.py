@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import threading
@@ -17,6 +18,7 @@ from support.screen import TINY_TEXT, identity, read_identity, region_hash
 
 from deskfleet.agent import guard
 from deskfleet.agent.argv import uuid_of
+from deskfleet.agent.qmp import Monitor
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Phase
 from deskfleet.schemas.machine import Firmware, Format, Machine, Os
@@ -89,6 +91,31 @@ def _check_confinement(host: Host) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700 and folder.stat().st_uid == 50_000_000
     for name in ("vnc.sock", "qmp.sock", "rescue.sock"):
         assert (folder / name).is_socket()
+
+
+def test_c42_a_viewer_who_comes_while_they_are_counted_is_counted(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a single-shot desktop ends as "never connected" under the hands of its user."""
+    real = Monitor.viewers
+    came: list[Rfb] = []
+
+    async def viewers_then_one_comes(monitor: Monitor) -> int:
+        count = await real(monitor)
+        if not came:
+            came.append(await asyncio.to_thread(lambda: Rfb(UnixStream(host.run / SID / "vnc.sock"))))
+            await asyncio.to_thread(came[0].picture)
+        return count
+
+    monkeypatch.setattr(Monitor, "viewers", viewers_then_one_comes)
+
+    async def work() -> None:
+        async with await host.start():
+            host.launch(SID)
+            await host.phase(SID, Phase.RUNNING)
+            await host.until(lambda: viewers(host, SID) == 1, "the viewer to be counted")
+            came[0].close()
+            await host.until(lambda: viewers(host, SID) == 0, "the viewer to be gone")
+
+    scenario(work)
 
 
 def test_two_guests_have_two_users(host: Host) -> None:
