@@ -52,6 +52,9 @@ def main() -> int:
             return smoke(fleet, options.screenshot or fleet.state / "smoke.png", say)
         welcome(fleet)
         if not options.no_desktop:
+            say(
+                "  A small Linux desktop is being built in the background; it joins the launch page when it is there.\n"
+            )
             threading.Thread(target=build_later, args=(fleet, "desktop"), daemon=True).start()
         watch(fleet)
     except KeyboardInterrupt:
@@ -120,7 +123,6 @@ def welcome(fleet: Fleet) -> None:
         f"  Sign in as   demo    password {fleet.keys.secret('login-demo', 9)}\n"
         f"  or, to look after it, as   admin   password {fleet.keys.secret('login-admin', 9)}\n"
         f"  Everything is in {fleet.state} (logs in {fleet.state}/logs). Ctrl-C stops it all.\n"
-        "  A small Linux desktop is being built in the background; it joins the launch page when it is there.\n"
     )
 
 
