@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from types import TracebackType
 
 from websockets.exceptions import ConnectionClosed
@@ -68,6 +69,10 @@ class _Session:
         return taken
 
     def run(self) -> None:
+        # Who comes while nothing answers is not greeted either: a greeting would end the "reconnecting" that a page
+        # shows within an instant, and nobody could see it for certain.
+        while self._silent.is_set():
+            time.sleep(0.02)
         self._connection.send(b"RFB 003.008\n")
         self._take(12)
         self._connection.send(b"\x01\x01")  # one security type: none
