@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy import Connection, Engine, select
 
 from deskfleet.ledger import tables
 from deskfleet.ledger.rows import to_host, to_session, to_verdicts
@@ -27,15 +27,26 @@ class SessionEvent:
     detail: str
 
 
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """A waiting session: its `place` (1 = next; None before the first look), in how many seconds it starts at the
+    latest as far as lease ends tell (None: unknown), and what kept it from starting."""
+
+    place: int | None
+    estimate_s: float | None
+    verdicts: tuple[Verdict, ...]
+
+
 def live_sessions(connection: Connection) -> list[Session]:
     """Every session that has not ended, oldest request first."""
     query = select(tables.session).where(tables.session.c.state != State.ENDED.value)
     return [to_session(row) for row in connection.execute(query.order_by(tables.session.c.ordinal)).mappings()]
 
 
-def all_hosts(connection: Connection) -> list[Host]:
-    """Every host that ever reported, by name."""
-    return [to_host(row) for row in connection.execute(select(tables.host).order_by(tables.host.c.name)).mappings()]
+def all_hosts(connection: Connection, *, with_reports: bool = True) -> list[Host]:
+    """Every host that ever reported, by name. Reports take long to read: leave them out where nobody looks at them."""
+    rows = connection.execute(select(tables.host).order_by(tables.host.c.name)).mappings()
+    return [to_host(row, with_report=with_reports) for row in rows]
 
 
 class Reader:
@@ -96,21 +107,12 @@ class Reader:
                 for row in rows
             ]
 
-    def verdicts(self, sid: str) -> tuple[Verdict, ...]:
-        """Why each host refused a session at the last try."""
-        with self._engine.connect() as connection:
-            row = connection.execute(select(tables.session.c.verdicts).where(tables.session.c.sid == sid)).first()
-            return to_verdicts({"verdicts": row[0]}) if row else ()
-
-    def place_in_queue(self, sid: str) -> int | None:
-        """1 for the next to be placed; None when the session does not wait."""
-        waiting = tables.session.alias()
-        mine = select(tables.session.c.ordinal).where(
-            tables.session.c.sid == sid, tables.session.c.state == State.QUEUED.value
+    def wait(self, sid: str) -> Wait | None:
+        """What the scheduler found out about a waiting session at its last look; None when it does not wait."""
+        table = tables.session
+        query = select(table.c.place, table.c.estimate_s, table.c.verdicts).where(
+            table.c.sid == sid, table.c.state == State.QUEUED.value
         )
         with self._engine.connect() as connection:
-            ordinal = connection.scalar(mine)
-            if ordinal is None:
-                return None
-            query = select(func.count()).where(waiting.c.state == State.QUEUED.value, waiting.c.ordinal <= ordinal)
-            return int(connection.scalar(query) or 0)
+            row = connection.execute(query).mappings().first()
+            return Wait(row["place"], row["estimate_s"], to_verdicts(row)) if row else None

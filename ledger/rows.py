@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import RowMapping
@@ -36,6 +37,8 @@ def to_session(row: RowMapping) -> Session:
         gpu_addresses=tuple(json.loads(row["gpu_addresses"])),
         wait_s=row["wait_s"],
         waited_s=row["waited_s"],
+        groups=tuple(json.loads(row["groups"])),
+        queue_class=row["queue_class"],
         created_at=row["created_at"],
         changed_at=row["changed_at"],
     )
@@ -57,15 +60,34 @@ def session_values(session: Session) -> dict[str, Any]:
     }
 
 
-def to_host(row: RowMapping) -> Host:
+def to_host(row: RowMapping, *, with_report: bool = True) -> Host:
     """The host that a row holds. A stored report of an older shape counts as none: the next heartbeat mends it."""
-    report = None
-    if row["report"]:
-        try:
-            report = decode_as(HostReport, _HEARTBEAT, row["report"].encode())
-        except DecodeError:
-            report = None
-    return Host(row["name"], row["generation"], bool(row["draining"]), row["message"], row["seen_at"], report)
+    report = _report(row) if with_report and row["report"] else None
+    return Host(
+        name=row["name"],
+        generation=row["generation"],
+        draining=bool(row["draining"]),
+        dead=bool(row["dead"]),
+        message=row["message"],
+        seen_at=row["seen_at"],
+        report=report,
+    )
+
+
+def _report(row: RowMapping) -> HostReport | None:
+    try:
+        report = decode_as(HostReport, _HEARTBEAT, row["report"].encode())
+    except DecodeError:
+        return None
+    if not row["figures"]:
+        return report
+    load1, memory_free_mib, disk_free_mib = json.loads(row["figures"])
+    return replace(report, load1=load1, memory_free_mib=memory_free_mib, disk_free_mib=disk_free_mib)
+
+
+def figures_text(report: HostReport) -> str:
+    """What a small heartbeat changes of a report, as stored beside it."""
+    return json.dumps([report.load1, report.memory_free_mib, report.disk_free_mib])
 
 
 def verdicts_text(verdicts: Sequence[Verdict]) -> str:

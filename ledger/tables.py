@@ -40,9 +40,11 @@ host = Table(
     Column("name", String(63), primary_key=True),
     Column("generation", BigInteger, nullable=False, default=0),
     Column("draining", Boolean, nullable=False, default=False),
+    Column("dead", Boolean, nullable=False, default=False),
     Column("message", Text, nullable=False, default=""),
     Column("seen_at", Float, nullable=False, default=0.0),
     Column("report", Text, nullable=False, default=""),
+    Column("figures", Text, nullable=False, default=""),
 )
 
 session = Table(
@@ -69,6 +71,10 @@ session = Table(
     Column("gpu_addresses", Text, nullable=False, default="[]"),
     Column("wait_s", Integer, nullable=False, default=0),
     Column("waited_s", Float, nullable=False, default=0.0),
+    Column("groups", Text, nullable=False, default="[]"),
+    Column("queue_class", String(48), nullable=False, default=""),
+    Column("place", Integer),
+    Column("estimate_s", Float),
     Column("created_at", Float, nullable=False),
     Column("changed_at", Float, nullable=False),
     Column("verdicts", Text, nullable=False, default="[]"),
@@ -84,6 +90,16 @@ gpu_hold = Table(
     Column("host", String(63), primary_key=True),
     Column("address", String(16), primary_key=True),
     Column("sid", String(32), ForeignKey("session.sid"), nullable=False, index=True),
+)
+
+#: The one scheduler that decides. `epoch` is its fencing token, `beat` changes while it lives.
+leader = Table(
+    "leader",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("epoch", BigInteger, nullable=False),
+    Column("beat", BigInteger, nullable=False),
+    Column("owner", String(128), nullable=False, default=""),
 )
 
 session_event = Table(

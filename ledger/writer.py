@@ -6,21 +6,22 @@ means that somebody else was there first, so the decision must be taken again on
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from sqlalchemy import Connection, Engine, delete, insert, select, update
+from sqlalchemy import Connection, Engine, bindparam, delete, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import IntegrityError
 
 from deskfleet.ledger import tables
-from deskfleet.ledger.reader import all_hosts, live_sessions
-from deskfleet.ledger.rows import session_values, to_session, verdicts_text
+from deskfleet.ledger.reader import Wait, all_hosts, live_sessions
+from deskfleet.ledger.rows import figures_text, session_values, to_session, verdicts_text
 from deskfleet.schemas.errors import DeskfleetError
 from deskfleet.schemas.host import Host, HostReport
 from deskfleet.schemas.messages import encode
-from deskfleet.schemas.session import Event, Session
+from deskfleet.schemas.session import Event, Session, State
 from deskfleet.schemas.verdict import Verdict
 
 
@@ -51,6 +52,8 @@ class Transaction:
             "persistent": session.persistent,
             "lifetime_s": session.lifetime_s,
             "wait_s": session.wait_s,
+            "groups": json.dumps(session.groups),
+            "queue_class": session.queue_class,
             "created_at": session.created_at,
             "verdicts": "[]",
             **session_values(session),
@@ -70,8 +73,8 @@ class Transaction:
         return live_sessions(self._connection)
 
     def hosts(self) -> list[Host]:
-        """Every host that ever reported."""
-        return all_hosts(self._connection)
+        """Every host that ever reported, without its report: only what hosts say now decides."""
+        return all_hosts(self._connection, with_reports=False)
 
     def save(self, before: Session, after: Session, event: Event, verdicts: Sequence[Verdict] = ()) -> None:
         """Move a session from `before` to `after` and write the step to its timeline.
@@ -118,12 +121,17 @@ class Transaction:
             )
         )
 
-    def explain(self, sid: str, verdicts: Sequence[Verdict], waited_s: float) -> None:
-        """Store why a waiting session was not placed at the last try, and how long it has waited (seconds)."""
+    def explain(self, sid: str, wait: Wait, waited_s: float) -> None:
+        """Store what keeps a waiting session from starting, and how long it has waited (seconds)."""
         self._connection.execute(
             update(tables.session)
-            .where(tables.session.c.sid == sid)
-            .values(verdicts=verdicts_text(verdicts), waited_s=waited_s)
+            .where(tables.session.c.sid == sid, tables.session.c.state == State.QUEUED.value)
+            .values(
+                verdicts=verdicts_text(wait.verdicts),
+                place=wait.place,
+                estimate_s=wait.estimate_s,
+                waited_s=waited_s,
+            )
         )
 
     def claim(self, host: str, generation: int) -> int:
@@ -144,7 +152,7 @@ class Transaction:
     def add_host(self, name: str) -> None:
         """Record a host at its first report."""
         query = self._insert(tables.host).values(
-            name=name, generation=0, draining=False, message="", seen_at=0.0, report=""
+            name=name, generation=0, draining=False, dead=False, message="", seen_at=0.0, report="", figures=""
         )
         self._connection.execute(query.on_conflict_do_nothing(index_elements=["name"]))
 
@@ -152,6 +160,10 @@ class Transaction:
         """Take a host out of placement, or put it back; False when no such host is known."""
         query = update(tables.host).where(tables.host.c.name == host)
         return self._connection.execute(query.values(draining=draining, message=message)).rowcount == 1
+
+    def set_dead(self, host: str, dead: bool) -> None:
+        """Mark a host as declared dead, or as back."""
+        self._connection.execute(update(tables.host).where(tables.host.c.name == host).values(dead=dead))
 
     def raise_generation(self, host: str, generation: int) -> None:
         """Never hand out a number that a host has already seen (a restored ledger may be behind)."""
@@ -162,11 +174,24 @@ class Transaction:
         )
 
     def save_reports(self, reports: Sequence[tuple[HostReport, float]]) -> None:
-        """Store the newest report of several hosts with the time of arrival (UNIX seconds)."""
-        for report, seen_at in reports:
-            text = encode(report)[1].decode()
-            query = update(tables.host).where(tables.host.c.name == report.host)
-            self._connection.execute(query.values(report=text, seen_at=seen_at))
+        """Store the full report of several hosts with the time of arrival (UNIX seconds)."""
+        if reports:
+            query = update(tables.host).where(tables.host.c.name == bindparam("host_name"))
+            rows = [
+                {"host_name": report.host, "report": encode(report)[1].decode(), "figures": "", "seen_at": seen_at}
+                for report, seen_at in reports
+            ]
+            self._connection.execute(query, rows)
+
+    def save_figures(self, reports: Sequence[tuple[HostReport, float]]) -> None:
+        """Store what small heartbeats have changed of several hosts' reports, and the time of arrival."""
+        if reports:
+            query = update(tables.host).where(tables.host.c.name == bindparam("host_name"))
+            rows = [
+                {"host_name": report.host, "figures": figures_text(report), "seen_at": seen_at}
+                for report, seen_at in reports
+            ]
+            self._connection.execute(query, rows)
 
 
 class Writer:

@@ -75,11 +75,13 @@ class Desktop:
 @dataclass(frozen=True, slots=True)
 class Story:
     """A desktop with how it got where it is: when it was asked for (UNIX seconds), its place among those that wait
-    (1 = next), why no host took it at the last try, and its steps."""
+    (1 = next), in how many seconds it starts at the latest (None: unknown), why no host took it at the last try, and
+    its steps."""
 
     desktop: Desktop
     asked_at: float
     place: int | None
+    estimate_s: float | None
     verdicts: tuple[tuple[str, str, str], ...]
     steps: tuple[SessionEvent, ...]
 
@@ -126,16 +128,19 @@ class Desktops:
         asked_at = min(request.created_at, desktop.created_at) if request else desktop.created_at
         try:
             waits = desktop.state == State.QUEUED
-            verdicts = self._reader.verdicts(desktop.sid) if waits else ()
+            wait = self._reader.wait(desktop.sid) if waits else None
             return Story(
                 desktop,
                 asked_at,
-                self._reader.place_in_queue(desktop.sid) if waits else None,
-                tuple((verdict.host, verdict.reason.value, verdict.sentence) for verdict in verdicts),
+                wait.place if wait else None,
+                wait.estimate_s if wait else None,
+                tuple((verdict.host, verdict.reason.value, verdict.sentence) for verdict in wait.verdicts)
+                if wait
+                else (),
                 tuple(self._reader.timeline(desktop.sid)),
             )
         except DBAPIError:
-            return Story(replace(desktop, unsure=True), asked_at, None, (), ())
+            return Story(replace(desktop, unsure=True), asked_at, None, None, (), ())
 
     def of_user(self, user: str) -> tuple[list[Desktop], bool]:
         """A person's desktops, newest first, and whether the ledger could be read."""

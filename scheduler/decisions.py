@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from deskfleet.ledger.reader import Wait
 from deskfleet.scheduler.fleet import Fleet
 from deskfleet.scheduler.intake import refuse_launch, requested, stop_before_launch
 from deskfleet.scheduler.placement import NoFit, Policy, Want, choose
@@ -161,7 +162,8 @@ class Decisions:
             due = now - self._wrote_waits >= self._settings.explain_s
             if verdicts and (due or self._explained.get(session.sid) != reasons):
                 self._explained[session.sid] = reasons
-                unit.tx.explain(session.sid, verdicts, self._waited.get(session.sid, session.waited_s))
+                waited_s = self._waited.get(session.sid, session.waited_s)
+                unit.tx.explain(session.sid, Wait(None, None, verdicts), waited_s)
 
     def _place(self, unit: Unit, session: Session, machine: Machine, now: float) -> tuple[Verdict, ...]:
         failed_on = self._failed_on.get(session.sid, frozenset())

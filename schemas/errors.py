@@ -46,6 +46,7 @@ class Reason(StrEnum):
     UNKNOWN_MACHINE = "unknown_machine"
     NOT_ALLOWED = "not_allowed"
     BAD_RESOURCES = "bad_resources"
+    NEVER_FITS = "never_fits"
     # a host that cannot take a request now
     SILENT = "silent"
     DRAINING = "draining"
@@ -59,6 +60,12 @@ class Reason(StrEnum):
     GPU_NONE = "gpu_none"
     GPU_BUSY = "gpu_busy"
     RESTING = "resting"
+    DECLARED_DEAD = "declared_dead"
+    LABEL_MISSING = "label_missing"
+    WRONG_POOL = "wrong_pool"
+    RESERVED = "reserved"
+    USER_CAP = "user_cap"
+    GROUP_CAP = "group_cap"
     NO_HOSTS = "no_hosts"
     # a launch that failed on its host
     STALE = "stale"
@@ -83,6 +90,7 @@ class Reason(StrEnum):
     NEVER_CONNECTED = "never_connected"
     EXPIRED = "expired"
     WAITED_TOO_LONG = "waited_too_long"
+    HOST_DEAD = "host_dead"
     ORPHAN = "orphan"
     ABSENT = "absent"
 
@@ -91,6 +99,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.UNKNOWN_MACHINE: "This machine is not in the catalogue. Pick one from the launch page.",
     Reason.NOT_ALLOWED: "Your account may not use this machine. Ask an administrator for access.",
     Reason.BAD_RESOURCES: "The size asked for is outside what this machine allows. Choose another size.",
+    Reason.NEVER_FITS: "No host could ever give this size. Choose a smaller one.",
     Reason.SILENT: "The host has not reported for a while; it gets no new desktops until it does.",
     Reason.DRAINING: "The host is being drained for maintenance and takes no new desktops.",
     Reason.NOT_TRUSTED: "The host reported figures that cannot be true and is left out until it is mended.",
@@ -103,6 +112,12 @@ SENTENCES: dict[Reason, str] = {
     Reason.GPU_NONE: "The host has no GPU of the kind asked for.",
     Reason.GPU_BUSY: "All matching GPUs of the host are in use.",
     Reason.RESTING: "The host failed several launches in a row and rests before the next try.",
+    Reason.DECLARED_DEAD: "The host was declared dead; it is used again once it is back and has stopped what was lost.",
+    Reason.LABEL_MISSING: "The host lacks a label that this machine requires.",
+    Reason.WRONG_POOL: "The host belongs to a pool that your group does not use.",
+    Reason.RESERVED: "The free room on this host is kept for an earlier request that needs more of it.",
+    Reason.USER_CAP: "You have as much in use as one person may. It starts when one of your desktops ends.",
+    Reason.GROUP_CAP: "Your group has as much in use as it may. It starts when one of the group's desktops ends.",
     Reason.NO_HOSTS: "No host is connected. Ask an administrator to check the agents.",
     Reason.STALE: "The command reached the host too late and was not carried out; it is sent again.",
     Reason.FENCED: "The host lost its records and waits for the scheduler before it starts anything.",
@@ -125,6 +140,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.NEVER_CONNECTED: "Nobody connected to the desktop in time.",
     Reason.EXPIRED: "The desktop reached the end of its lifetime.",
     Reason.WAITED_TOO_LONG: "The desktop could not be placed within the time allowed for waiting.",
+    Reason.HOST_DEAD: "The host was declared dead by an administrator, and this desktop was lost with it.",
     Reason.ORPHAN: "The host ran a desktop that no record knows; it was stopped.",
     Reason.ABSENT: "The host no longer runs this desktop.",
 }

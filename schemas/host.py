@@ -39,7 +39,8 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class GuestReport:
-    """One guest as its host sees it; `ran` is true once its display answered. Ended guests stay listed for a while."""
+    """One guest as its host sees it; `ran` is true once its display answered, `left_s` is how many seconds of its
+    lifetime are left while it runs. Ended guests stay listed for a while."""
 
     sid: str
     generation: int
@@ -49,16 +50,19 @@ class GuestReport:
     outcome: Outcome | None = None
     reason: Reason | None = None
     detail: str = ""
+    left_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class HostReport:
-    """A heartbeat: the whole truth about one host, every few seconds.
+    """A full heartbeat: the whole truth about one host. Sent when its inventory changed, when the scheduler asks, at
+    each connect and now and then; in between a `HostBeat` is enough.
 
     `incarnation` names one life of the agent process and `seq` counts its heartbeats. `last_generation` is the
     highest command number the agent has processed: a guest with a generation up to it that is not listed does not
     exist. `fenced` says that the agent lost its journal and starts nothing until it is told where the numbers are.
-    Units: MiB; `load1` is the one-minute load average.
+    `digest` names the inventory: whatever is in here but not in a beat. Units: MiB; `load1` is the one-minute load
+    average.
     """
 
     host: str
@@ -80,15 +84,35 @@ class HostReport:
     guests: tuple[GuestReport, ...] = ()
     problems: tuple[str, ...] = ()
     version: str = ""
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostBeat:
+    """A small heartbeat: what changes all the time. It stands for the last full report with the same `digest`; who
+    does not hold that one asks for a full report. Units as in `HostReport`, with which it shares `seq`."""
+
+    host: str
+    incarnation: str
+    seq: int
+    last_generation: int
+    fenced: bool
+    console: str
+    load1: float
+    memory_free_mib: int
+    disk_free_mib: int
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """A host as the ledger knows it: its command number, what an administrator set, and its last report."""
+    """A host as the ledger knows it: its command number, what an administrator set, and its last report. `dead` was
+    declared by an administrator, and holds until the host is back and clean."""
 
     name: str
     generation: int = 0
     draining: bool = False
+    dead: bool = False
     message: str = ""
     seen_at: float = 0.0
     report: HostReport | None = None

@@ -14,13 +14,16 @@ from typing import Any, TypeVar
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
 
 from deskfleet.schemas.errors import DecodeError, Reason
-from deskfleet.schemas.host import Gpu, GuestReport, HostReport, Phase
+from deskfleet.schemas.host import Gpu, GuestReport, HostBeat, HostReport, Phase
 from deskfleet.schemas.machine import DIGEST, NAME, Firmware, Format, Os, Video
 from deskfleet.schemas.session import Outcome, Resources, State
 from deskfleet.schemas.tickets import SID
+from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 
 MAX_BODY = 1 << 20
 HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+REPLICA = re.compile(r"[a-z0-9]{1,32}")
+INVENTORY = re.compile(r"[0-9a-f]{16}")
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%a-z]{2,64}\]|[A-Za-z0-9.-]{1,253}):[0-9]{1,5}")
 
@@ -51,11 +54,41 @@ class StopRequested:
 
 @dataclass(frozen=True, slots=True)
 class DrainRequested:
-    """An administrator takes a host out of placement, or puts it back."""
+    """An administrator takes a host out of placement, or puts it back; `text` is for the people who use it."""
 
     host: str
     draining: bool
     actor: str
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostDeclaredDead:
+    """An administrator vouches that a host does not run: its sessions are lost, its command numbers void."""
+
+    host: str
+    actor: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementAsked:
+    """What would become of this request, if it were made now? Answered to `replica` under the same `question`."""
+
+    question: str
+    replica: str
+    user: str
+    groups: tuple[str, ...]
+    machine: str
+    resources: Resources
+    lifetime_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementAnswered:
+    """The scheduler's answer to a `PlacementAsked`. It promises nothing: no place is kept."""
+
+    question: str
+    forecast: Forecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +131,13 @@ class HostFence:
 
 
 @dataclass(frozen=True, slots=True)
+class HostInventory:
+    """Send a full heartbeat: the scheduler does not hold the inventory that a small one refers to."""
+
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class VmReport:
     """One guest changed; the same entry also stands in the next heartbeat."""
 
@@ -120,11 +160,16 @@ Message = (
     LaunchRequested
     | StopRequested
     | DrainRequested
+    | HostDeclaredDead
+    | PlacementAsked
+    | PlacementAnswered
     | VmStart
     | VmStop
     | HostFence
+    | HostInventory
     | VmReport
     | HostReport
+    | HostBeat
     | SessionChanged
 )
 
@@ -211,6 +256,48 @@ class DrainRequestedSchema(Wire):
     host = _host()
     draining = _bool()
     actor = _text(320, 1)
+    text = _text(400)
+
+
+class HostDeclaredDeadSchema(Wire):
+    target = HostDeclaredDead
+    host = _host()
+    actor = _text(320, 1)
+
+
+class PlacementAskedSchema(Wire):
+    target = PlacementAsked
+    question = _sid()
+    replica = fields.Str(required=True, validate=validate.Regexp(rf"\A{REPLICA.pattern}\Z"))
+    user = _text(320, 1)
+    groups = Tuple(fields.Str(validate=validate.Length(1, 256)), 1000)
+    machine = fields.Str(required=True, validate=validate.Regexp(rf"\A{NAME.pattern}\Z"))
+    resources = fields.Nested(ResourcesSchema, required=True)
+    lifetime_s = _int(1, 366 * 24 * 3600)
+
+
+class VerdictSchema(Wire):
+    target = Verdict
+    host = _text(63)
+    reason = fields.Enum(Reason, required=True, by_value=True)
+    detail = _text(4000)
+
+
+class ForecastSchema(Wire):
+    target = Forecast
+    outlook = fields.Enum(Outlook, required=True, by_value=True)
+    host = _text(63)
+    place = _int()
+    estimate_s = fields.Float(required=True, allow_none=True, allow_nan=False, validate=validate.Range(0, 1e9))
+    why = _text(4000)
+    largest = fields.Nested(ResourcesSchema, required=True, allow_none=True)
+    verdicts = Tuple(fields.Nested(VerdictSchema), 10_000)
+
+
+class PlacementAnsweredSchema(Wire):
+    target = PlacementAnswered
+    question = _sid()
+    forecast = fields.Nested(ForecastSchema, required=True)
 
 
 class VmStartSchema(Wire):
@@ -256,6 +343,12 @@ class GuestReportSchema(Wire):
     outcome = fields.Enum(Outcome, required=True, by_value=True, allow_none=True)
     reason = fields.Enum(Reason, required=True, by_value=True, allow_none=True)
     detail = _text(4000)
+    left_s = fields.Float(required=True, allow_none=True, allow_nan=False, validate=validate.Range(0, 1e9))
+
+
+class HostInventorySchema(Wire):
+    target = HostInventory
+    host = _host()
 
 
 class VmReportSchema(Wire):
@@ -295,6 +388,21 @@ class HostReportSchema(Wire):
     guests = Tuple(fields.Nested(GuestReportSchema), 5_000)
     problems = Tuple(fields.Str(validate=validate.Length(1, 400)), 100)
     version = _text(64)
+    digest = fields.Str(required=True, validate=validate.Regexp(rf"\A({INVENTORY.pattern})?\Z"))
+
+
+class HostBeatSchema(Wire):
+    target = HostBeat
+    host = _host()
+    incarnation = _text(64, 1)
+    seq = _int()
+    last_generation = _int()
+    fenced = _bool()
+    console = fields.Str(required=True, validate=validate.Regexp(rf"\A({ADDRESS.pattern})?\Z"))
+    load1 = fields.Float(required=True, allow_nan=False, validate=validate.Range(0, 1e6))
+    memory_free_mib = _int(0, 1 << 32)
+    disk_free_mib = _int(0, 1 << 40)
+    digest = fields.Str(required=True, validate=validate.Regexp(rf"\A{INVENTORY.pattern}\Z"))
 
 
 class SessionChangedSchema(Wire):
@@ -311,11 +419,16 @@ REGISTRY: dict[str, Wire] = {
     "launch.requested.v1": LaunchRequestedSchema(),
     "stop.requested.v1": StopRequestedSchema(),
     "host.drain.v1": DrainRequestedSchema(),
+    "host.declared_dead.v1": HostDeclaredDeadSchema(),
+    "placement.asked.v1": PlacementAskedSchema(),
+    "placement.answered.v1": PlacementAnsweredSchema(),
     "vm.start.v1": VmStartSchema(),
     "vm.stop.v1": VmStopSchema(),
     "host.fence.v1": HostFenceSchema(),
+    "host.inventory.v1": HostInventorySchema(),
     "vm.report.v1": VmReportSchema(),
     "host.heartbeat.v1": HostReportSchema(),
+    "host.beat.v1": HostBeatSchema(),
     "session.changed.v1": SessionChangedSchema(),
 }
 _KINDS = {schema.target: kind for kind, schema in REGISTRY.items()}

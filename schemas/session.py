@@ -93,6 +93,7 @@ class Session:
 
     Times are UNIX seconds for display only; no decision compares them. `generation` is the number under which the
     host was told to start it (0 while unplaced); `attempt` counts placements whose failure was the host's.
+    `groups` are the person's at the time of the request; `queue_class` is the class that it waits in.
     """
 
     sid: str
@@ -111,6 +112,8 @@ class Session:
     gpu_addresses: tuple[str, ...] = field(default=())
     wait_s: int = 0
     waited_s: float = 0.0
+    groups: tuple[str, ...] = ()
+    queue_class: str = ""
     created_at: float = 0.0
     changed_at: float = 0.0
 

@@ -17,9 +17,11 @@ DEAD = "dead"
 SCHEDULER_COMMANDS = "scheduler.commands"
 SCHEDULER_REPORTS = "scheduler.reports"
 SCHEDULER_HEARTBEATS = "scheduler.heartbeats"
+SCHEDULER_QUESTIONS = "scheduler.questions"
 
 HEARTBEAT_TTL_MS = 15_000
 COMMAND_TTL_MS = 60_000
+QUESTION_TTL_MS = 3_000
 DEAD_TTL_MS = 14 * 24 * 3600 * 1000
 
 
@@ -87,6 +89,16 @@ def proxy_queue(replica: str) -> str:
     return f"proxy.{replica}"
 
 
+def answers_queue(replica: str) -> str:
+    """The queue of the answers to one portal process; it vanishes with its connection."""
+    return f"answers.{replica}"
+
+
+def answer_key(replica: str) -> str:
+    """Routing key of the scheduler's answers to one portal process."""
+    return f"answer.{replica}"
+
+
 def heartbeat_key(host: str) -> str:
     """Routing key of a host's heartbeats."""
     return f"host.{host}.heartbeat"
@@ -119,6 +131,16 @@ def core() -> Topology:
                     "x-single-active-consumer": True,
                 },
             ),
+            # Nobody waits for an old answer, and a question lost costs one word on a page.
+            Queue(
+                SCHEDULER_QUESTIONS,
+                {
+                    "x-queue-type": "classic",
+                    "x-message-ttl": QUESTION_TTL_MS,
+                    "x-max-length": 1_000,
+                    "x-single-active-consumer": True,
+                },
+            ),
             Queue(
                 DEAD,
                 {"x-queue-type": "quorum", "x-message-ttl": DEAD_TTL_MS, "x-max-length": 100_000},
@@ -126,6 +148,7 @@ def core() -> Topology:
         ),
         (
             Binding(SCHEDULER_COMMANDS, COMMANDS, "scheduler"),
+            Binding(SCHEDULER_QUESTIONS, COMMANDS, "questions"),
             Binding(SCHEDULER_REPORTS, EVENTS, "host.*.vm"),
             Binding(SCHEDULER_HEARTBEATS, EVENTS, "host.*.heartbeat"),
             Binding(DEAD, DEAD, ""),
@@ -158,4 +181,22 @@ def for_proxy(replica: str) -> Topology:
             ),
         ),
         (Binding(name, EVENTS, "host.*.heartbeat"), Binding(name, EVENTS, "session.*")),
+    )
+
+
+def for_portal(replica: str) -> Topology:
+    """The queue of one portal process: the scheduler's answers to its questions."""
+    name = answers_queue(replica)
+    return Topology(
+        (),
+        (
+            Queue(
+                name,
+                {"x-queue-type": "classic", "x-message-ttl": QUESTION_TTL_MS, "x-max-length": 1_000},
+                durable=False,
+                exclusive=True,
+                auto_delete=True,
+            ),
+        ),
+        (Binding(name, EVENTS, answer_key(replica)),),
     )

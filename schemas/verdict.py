@@ -1,15 +1,18 @@
-"""Why one host did not get one session."""
+"""Why one host did not get one session, and what would become of a request."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from deskfleet.schemas.errors import SENTENCES, Reason
+from deskfleet.schemas.session import Resources
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A refusal by one host: machine-readable, with the figures behind it in `detail`."""
+    """A refusal by one host, or by a rule of the queue when `host` is empty: machine-readable, with the figures behind
+    it in `detail`."""
 
     host: str
     reason: Reason
@@ -18,4 +21,28 @@ class Verdict:
     @property
     def sentence(self) -> str:
         """What a person reads."""
-        return f"{self.host}: {self.detail}" if self.detail else f"{self.host}: {SENTENCES[self.reason]}"
+        text = self.detail or SENTENCES[self.reason]
+        return f"{self.host}: {text}" if self.host else text
+
+
+class Outlook(StrEnum):
+    """What a request can expect."""
+
+    NOW = "now"
+    WAITS = "waits"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What would become of a request. NOW: on `host`, `why` says what spoke for it. WAITS: at `place` of the queue (1 =
+    next), for about `estimate_s` seconds at most (None: unknown). NEVER: `why` says so, `largest` is the largest size
+    of this machine that some host could give (None: none at all)."""
+
+    outlook: Outlook
+    host: str = ""
+    place: int = 0
+    estimate_s: float | None = None
+    why: str = ""
+    largest: Resources | None = None
+    verdicts: tuple[Verdict, ...] = ()

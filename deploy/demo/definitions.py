@@ -26,7 +26,7 @@ def definitions(hosts: Iterable[str], keys: Keys) -> dict[str, Any]:
     core = r"^(commands|events|dead|scheduler\..*)$"
     permissions = [
         permission("scheduler", core, core, core),
-        permission("portal", "^$", "^commands$", "^$"),
+        permission("portal", r"^answers\.", r"^(commands|answers\..*)$", r"^(answers\..*|events)$"),
         permission("proxy", r"^proxy\.", r"^proxy\.", r"^(proxy\..*|events)$"),
     ]
     topics = []

@@ -16,6 +16,7 @@ from support.fake_console import FakeConsole
 from support.portals import PASSWORD, World
 from werkzeug.serving import make_server
 
+from deskfleet.ledger.reader import Wait
 from deskfleet.portal.app import create_app
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.messages import LaunchRequested
@@ -112,7 +113,7 @@ def test_one_click_and_each_step_shows_until_the_desktop_opens_by_itself(browser
     expect(page.locator("[aria-current=step] .name")).to_have_text("Taken up")
     site.world.take_up()
     with site.world.writer.begin() as tx:
-        tx.explain(sid, [Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free")], 1.0)
+        tx.explain(sid, Wait(1, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free"),)), 1.0)
     expect(page.locator("[aria-current=step] .name")).to_have_text("Host chosen")
     expect(page.locator("#progress")).to_contain_text("You are next")
     expect(page.locator("#progress")).to_contain_text("h1: 2.1 of 4 GiB free")

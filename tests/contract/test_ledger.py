@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from support.postgres import PrivatePostgres
 
 from deskfleet.ledger.engine import LedgerError, check_revision, migrate, open_engine
-from deskfleet.ledger.reader import Reader
+from deskfleet.ledger.reader import Reader, Wait
 from deskfleet.ledger.writer import Conflict, Writer
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import GuestReport, HostReport, Phase
@@ -169,6 +169,15 @@ def test_hosts_reports_and_drain(writer: Writer, reader: Reader) -> None:
         assert not tx.drain("nowhere", True)
     (host,) = reader.hosts()
     assert (host.report, host.seen_at, host.draining, host.message) == (report, 5.0, True, "new disks")
+    newer = replace(report, load1=3.5, memory_free_mib=77, disk_free_mib=5)
+    with writer.begin() as tx:
+        tx.save_figures([(newer, 6.0)])
+        tx.set_dead("h1", True)
+    (host,) = reader.hosts()
+    assert (host.report, host.seen_at, host.dead) == (newer, 6.0, True)
+    with writer.begin() as tx:
+        tx.save_reports([(report, 7.0)])
+    assert reader.hosts()[0].report == report, "a full report puts older figures out of force"
 
 
 def test_queue_place_verdicts_and_lists(writer: Writer, reader: Reader) -> None:
@@ -178,10 +187,10 @@ def test_queue_place_verdicts_and_lists(writer: Writer, reader: Reader) -> None:
     with writer.begin() as tx:
         for session in sessions:
             tx.add(session)
-        tx.explain(sessions[1].sid, [verdict], 12.5)
+        tx.explain(sessions[1].sid, Wait(1, 90.0, (verdict,)), 12.5)
         tx.save(sessions[0], ended, Event.GIVE_UP)
-    assert [reader.place_in_queue(s.sid) for s in sessions] == [None, 1, 2]
-    assert reader.verdicts(sessions[1].sid) == (verdict,)
+    waits = [reader.wait(s.sid) for s in sessions]
+    assert waits == [None, Wait(1, 90.0, (verdict,)), Wait(None, None, ())]
     assert [s.sid for s in reader.of_user("zoë")] == [s.sid for s in reversed(sessions)]
     assert reader.known([sessions[0].sid, "f" * 32]) == {sessions[0].sid}
     assert len(reader.recent()) == 3

@@ -12,14 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deskfleet.schemas.errors import DecodeError, Reason
-from deskfleet.schemas.host import Gpu, GuestReport, HostReport, Phase, implausible
+from deskfleet.schemas.host import Gpu, GuestReport, HostBeat, HostReport, Phase, implausible
 from deskfleet.schemas.machine import Firmware, Format, Os, Video
 from deskfleet.schemas.messages import (
     REGISTRY,
     DrainRequested,
+    HostDeclaredDead,
     HostFence,
+    HostInventory,
     LaunchRequested,
     Message,
+    PlacementAnswered,
+    PlacementAsked,
     SessionChanged,
     StopRequested,
     VmReport,
@@ -30,10 +34,11 @@ from deskfleet.schemas.messages import (
     encode,
 )
 from deskfleet.schemas.session import Outcome, Resources, State
+from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 
 SID = "0123456789abcdef" * 2
 SIZE = Resources(2, 512, 4, 1, "A100")
-GUEST = GuestReport(SID, 7, Phase.ENDED, True, 2, Outcome.FAILED, Reason.QEMU_EXITED, "é")
+GUEST = GuestReport(SID, 7, Phase.ENDED, True, 2, Outcome.FAILED, Reason.QEMU_EXITED, "é", 7.5)
 GPU = Gpu("0000:01:00.0", "A100", 12, ("0000:01:00.0", "0000:01:00.1"), True)
 REPORT = HostReport(
     host="h1",
@@ -55,20 +60,35 @@ REPORT = HostReport(
     guests=(GUEST,),
     problems=("no KVM",),
     version="0.1.0",
+    digest="0" * 16,
 )
 START = VmStart(
     SID, 7, "zoë", "tiny", Os.LINUX, "a" * 64, Format.QCOW2, Video.VIRTIO, Firmware.BIOS, SIZE, GPU.functions,
     True, 3600, 60, 600,
 )  # fmt: skip
+FORECAST = Forecast(
+    Outlook.WAITS,
+    "",
+    3,
+    720.5,
+    "",
+    SIZE,
+    (Verdict("h1", Reason.GPU_BUSY, "1 of 1 GPUs in use"), Verdict("", Reason.USER_CAP)),
+)
 EXAMPLES: list[Message] = [
     LaunchRequested(SID, "a@b.org", ("staff",), "tiny", SIZE, True, 3600, 60),
     StopRequested(SID, "ann", False),
-    DrainRequested("h1", True, "root"),
+    DrainRequested("h1", True, "root", "new disks at 18:00"),
+    HostDeclaredDead("h1", "root"),
+    PlacementAsked(SID, "w1", "zoë", ("staff",), "tiny", SIZE, 3600),
+    PlacementAnswered(SID, FORECAST),
     START,
     VmStop(SID, 7, Outcome.EXPIRED, Reason.EXPIRED),
     HostFence("h1", 12),
+    HostInventory("h1"),
     VmReport("h1", GUEST),
     REPORT,
+    HostBeat("h1", "i1", 5, 9, False, "[::1]:6080", 0.5, 4000, 400, "0" * 16),
     SessionChanged(SID, State.ENDED, Outcome.LOST, "h1", 7),
 ]
 

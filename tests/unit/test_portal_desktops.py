@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.portals import World
 
+from deskfleet.ledger.reader import Wait
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.schemas.errors import Reason
@@ -93,7 +94,7 @@ def test_why_it_waits(world: World) -> None:
     world.session(A, "alice", State.QUEUED)
     world.session(B, "bob", State.QUEUED)
     with world.writer.begin() as tx:
-        tx.explain(B, [Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free")], 5.0)
+        tx.explain(B, Wait(2, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free"),)), 5.0)
     story = world.portal.desktops.story(found(world, B))
     assert story.place == 2
     assert story.verdicts == (("h1", "memory_short", "h1: 2.1 of 4 GiB free"),)

@@ -16,6 +16,7 @@ from flask.testing import FlaskClient
 from support.portals import PASSWORD, World
 from werkzeug.test import TestResponse
 
+from deskfleet.ledger.reader import Wait
 from deskfleet.portal.app import create_app
 from deskfleet.portal.audit import Entry
 from deskfleet.portal.auth import Identity
@@ -680,7 +681,7 @@ def test_names_from_elsewhere_are_shown_as_text(world: World, app: Flask, text: 
     world.session(MINE, name, State.RUNNING)
     waiting = world.session("d" * 32, name, State.QUEUED)
     with world.writer.begin() as tx:
-        tx.explain(waiting.sid, [Verdict("h1", Reason.MEMORY_SHORT, text)], 1.0)
+        tx.explain(waiting.sid, Wait(1, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, text),)), 1.0)
         tx.drain("h1", True, text)
     browser = signed_in(app, name)
     for path in pages(waiting.sid):
