@@ -123,7 +123,7 @@ class Agent:
 
     def _seen(self, entry: Entry) -> GuestReport:
         watch = self._watch.get(entry.sid)
-        return entry.report(watch.viewers if watch else 0)
+        return entry.report(self._now(), watch.viewers if watch else 0)
 
     def _put(self, entry: Entry) -> None:
         self._journal.put(entry)

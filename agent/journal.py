@@ -47,10 +47,21 @@ class Entry:
         """Whether the guest may have processes and files."""
         return self.phase is not Phase.ENDED
 
-    def report(self, viewers: int = 0) -> GuestReport:
-        """The entry as others may see it."""
+    def report(self, now: float, viewers: int = 0) -> GuestReport:
+        """The entry as others may see it, at `now` on the boot-time clock."""
+        left_s = None
+        if self.phase is Phase.RUNNING and self.start:
+            left_s = max(0.0, self.ready_at + self.start.lifetime_s - now)
         return GuestReport(
-            self.sid, self.generation, self.phase, self.ran, viewers, self.outcome, self.reason, self.detail[:4000]
+            sid=self.sid,
+            generation=self.generation,
+            phase=self.phase,
+            ran=self.ran,
+            viewers=viewers,
+            outcome=self.outcome,
+            reason=self.reason,
+            detail=self.detail[:4000],
+            left_s=left_s,
         )
 
 

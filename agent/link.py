@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from deskfleet.agent.core import Agent
 from deskfleet.runtime.bus import Bus, Delivery, Outgoing
 from deskfleet.schemas import topology
 from deskfleet.schemas.errors import DecodeError
-from deskfleet.schemas.host import GuestReport, HostReport
-from deskfleet.schemas.messages import HostFence, VmReport, VmStart, VmStop, decode, encode
+from deskfleet.schemas.host import GuestReport, HostReport, beat_of, inventory_digest
+from deskfleet.schemas.messages import HostFence, HostInventory, VmReport, VmStart, VmStop, decode, encode
 
 log = logging.getLogger(__name__)
 
+#: A full heartbeat comes at least this often (seconds): what has missed one and can't ask heals by it.
+FULL_S = 60.0
+
 
 class Link:
-    """One agent's side of the bus. `describe` makes the heartbeat with the given sequence number."""
+    """One agent's side of the bus. `describe` makes the heartbeat with the given sequence number; `now` are seconds of
+    a clock that never goes back."""
 
-    def __init__(self, host: str, bus: Bus, agent: Agent, describe: Callable[[int], HostReport]) -> None:
+    def __init__(
+        self, host: str, bus: Bus, agent: Agent, describe: Callable[[int], HostReport], now: Callable[[], float]
+    ) -> None:
         self._host = host
         self._bus = bus
         self._agent = agent
         self._describe = describe
+        self._now = now
         self._seq = 0
+        #: The digest of the last full heartbeat, and when it was sent; None when the next one has to be full.
+        self._told: tuple[str, float] | None = None
 
     def start(self) -> None:
         """Consume this host's commands; say at each connect what is here."""
-        self._bus.on_connect(self.beat)
+        self._bus.on_connect(self.tell)
         self._bus.consume(topology.host_queue(self._host), self.on_delivery, exclusive=True)
         self._bus.start()
 
@@ -47,6 +57,8 @@ class Link:
             case HostFence():
                 self._agent.fence(message)
                 self.beat()
+            case HostInventory():
+                self.tell()
             case _:
                 log.error("an agent takes no %s", delivery.type)
                 delivery.reject()
@@ -58,10 +70,21 @@ class Link:
         kind, body = encode(VmReport(self._host, guest))
         self._send(Outgoing(topology.EVENTS, topology.report_key(self._host), kind, body, correlation_id=guest.sid))
 
+    def tell(self) -> None:
+        """Send a full heartbeat now."""
+        self._told = None
+        self.beat()
+
     def beat(self) -> None:
-        """Send a heartbeat now."""
+        """Send a heartbeat now: a small one while the inventory is what the last full one has told."""
         self._seq += 1
-        kind, body = encode(self._describe(self._seq))
+        report, now = self._describe(self._seq), self._now()
+        report = replace(report, digest=inventory_digest(report))
+        if self._told and self._told[0] == report.digest and now - self._told[1] < FULL_S:
+            kind, body = encode(beat_of(report))
+        else:
+            kind, body = encode(report)
+            self._told = report.digest, now
         key = topology.heartbeat_key(self._host)
         self._send(Outgoing(topology.EVENTS, key, kind, body, durable=False, mandatory=False))
 

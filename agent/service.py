@@ -108,7 +108,7 @@ class Service:
             gpus=lambda: self._gpus,
         )
         self.hypervisor.news = self.agent
-        self.link = Link(settings.host, bus, self.agent, self._describe)
+        self.link = Link(settings.host, bus, self.agent, self._describe, clock.monotonic)
         self.bridge = Bridge(
             settings.console_listen, settings.run, self._nonces, state / "console.log", settings.console_tls, spawn
         )

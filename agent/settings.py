@@ -10,7 +10,8 @@ from marshmallow import RAISE, Schema, ValidationError, fields, post_load, valid
 
 from deskfleet.runtime.secret import Secret
 from deskfleet.runtime.settings import SecretField
-from deskfleet.schemas.messages import ADDRESS, HOST
+from deskfleet.schemas.host import HOST
+from deskfleet.schemas.messages import ADDRESS
 
 #: A unix socket's path has 107 bytes; this much is ours after the run folder: /<sid>/rescue.sock
 _LONGEST_RUN = 107 - len("/" + 32 * "x" + "/rescue.sock")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +95,6 @@ def verdicts_text(verdicts: Sequence[Verdict]) -> str:
     return json.dumps([[v.host, v.reason.value, v.detail] for v in verdicts])
 
 
-def to_verdicts(row: Mapping[str, Any]) -> tuple[Verdict, ...]:
+def to_verdicts(row: RowMapping) -> tuple[Verdict, ...]:
     """The verdicts of the last placement try."""
     return tuple(Verdict(host, Reason(reason), detail) for host, reason, detail in json.loads(row["verdicts"]))

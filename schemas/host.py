@@ -6,11 +6,16 @@ whether its figures make sense together is `implausible`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import re
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.session import Outcome
+
+HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 class Phase(StrEnum):
@@ -102,6 +107,26 @@ class HostBeat:
     memory_free_mib: int
     disk_free_mib: int
     digest: str
+
+
+_BEAT = tuple(field.name for field in fields(HostBeat))
+
+
+def beat_of(report: HostReport) -> HostBeat:
+    """The small heartbeat that may be sent instead of `report`."""
+    return HostBeat(**{name: getattr(report, name) for name in _BEAT})
+
+
+def inventory_digest(report: HostReport) -> str:
+    """What names the inventory of a report: 16 hex digits over all that no beat tells. `left_s` is left out: it
+    changes all the time, and the clock of whoever holds a report can count it down."""
+    inventory = {field.name: getattr(report, field.name) for field in fields(report) if field.name not in _BEAT}
+    text = json.dumps(inventory, default=_entry, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _entry(part: Gpu | GuestReport) -> dict[str, object]:
+    return {field.name: getattr(part, field.name) for field in fields(part) if field.name != "left_s"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,13 @@ from typing import Any, TypeVar
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
 
 from deskfleet.schemas.errors import DecodeError, Reason
-from deskfleet.schemas.host import Gpu, GuestReport, HostBeat, HostReport, Phase
+from deskfleet.schemas.host import HOST, Gpu, GuestReport, HostBeat, HostReport, Phase
 from deskfleet.schemas.machine import DIGEST, NAME, Firmware, Format, Os, Video
 from deskfleet.schemas.session import Outcome, Resources, State
 from deskfleet.schemas.tickets import SID
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 
 MAX_BODY = 1 << 20
-HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 REPLICA = re.compile(r"[a-z0-9]{1,32}")
 INVENTORY = re.compile(r"[0-9a-f]{16}")
 PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")

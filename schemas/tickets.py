@@ -7,15 +7,20 @@ The portal signs, the proxy verifies, the host makes it single-use by its nonce.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
 from enum import StrEnum
 
-from itsdangerous import BadSignature, URLSafeTimedSerializer
+from itsdangerous import BadSignature, TimestampSigner, URLSafeTimedSerializer
 
 from deskfleet.schemas.errors import TicketError
+from deskfleet.schemas.host import HOST
 
 LIFETIME_S = 30
+#: By how much the clock of whoever verifies may be behind that of whoever has signed.
+SKEW_S = 5
 SID = re.compile(r"[0-9a-f]{32}")
 NONCE = re.compile(r"[0-9a-f]{32}")
 
@@ -28,40 +33,62 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The right of `user` to open the desktop `sid` as started under `generation`; `nonce` is 32 hex digits."""
+    """The right of `user` to open the desktop `sid` where `host` has started it under `generation`; `nonce` is 32 hex
+    digits."""
 
     sid: str
     user: str
+    host: str
     generation: int
     mode: Mode
     nonce: str
 
 
-class Tickets:
-    """Signs and verifies tickets. The last key signs; every key verifies."""
+class _Signer(TimestampSigner):
+    """Stamps with the time of a given clock."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
+    def __init__(self, *args: Any, wall: Callable[[], float], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._wall = wall
+
+    def get_timestamp(self) -> int:
+        """Whole seconds since 1970 UTC."""
+        return int(self._wall())
+
+
+class Tickets:
+    """Signs and verifies tickets. The last key signs; every key verifies. `wall` are seconds since 1970 UTC."""
+
+    def __init__(self, keys: Sequence[str], wall: Callable[[], float] = time.time) -> None:
         if not keys or any(len(key) < 32 for key in keys):
             raise TicketError("each ticket key must have at least 32 characters")
-        self._serializer = URLSafeTimedSerializer(list(keys), salt="deskfleet.console.1")
+        self._wall = wall
+        self._serializer = URLSafeTimedSerializer(
+            list(keys), salt="deskfleet.console.2", signer=_Signer, signer_kwargs={"wall": wall}
+        )
 
     def sign(self, ticket: Ticket) -> str:
         """The ticket as text that is safe in a URL."""
-        return str(
-            self._serializer.dumps([ticket.sid, ticket.user, ticket.generation, ticket.mode.value, ticket.nonce])
-        )
+        content = [ticket.sid, ticket.user, ticket.host, ticket.generation, ticket.mode.value, ticket.nonce]
+        return str(self._serializer.dumps(content))
 
     def verify(self, text: str, max_age_s: int = LIFETIME_S) -> Ticket:
         """The ticket that `text` holds.
 
         Raises:
-            TicketError: forged, older than `max_age_s`, from the future, or malformed; which one is not told apart,
-                since only an attacker would profit.
+            TicketError: forged, older than `max_age_s`, further from the future than `SKEW_S`, or malformed; which one
+                is not told apart, since only an attacker would profit.
         """
         try:
-            sid, user, generation, mode, nonce = self._serializer.loads(text, max_age=max_age_s)
-            if not (SID.fullmatch(sid) and NONCE.fullmatch(nonce) and isinstance(generation, int)):
+            # The age is judged here, because itsdangerous allows no clock to be behind.
+            content, signed_at = self._serializer.loads(text, return_timestamp=True)
+            sid, user, host, generation, mode, nonce = content
+            if not -SKEW_S <= int(self._wall()) - signed_at.timestamp() <= max_age_s:
                 raise ValueError
-            return Ticket(sid, str(user), generation, Mode(mode), nonce)
-        except (BadSignature, ValueError, TypeError, UnicodeError):
+            if not (SID.fullmatch(sid) and HOST.fullmatch(host) and NONCE.fullmatch(nonce)):
+                raise ValueError
+            if not isinstance(generation, int):
+                raise ValueError
+            return Ticket(sid, str(user), host, generation, Mode(mode), nonce)
+        except (BadSignature, ValueError, TypeError, UnicodeError, OverflowError):
             raise TicketError("this ticket is not valid or no longer valid") from None

@@ -161,7 +161,8 @@ class Node:
             images=lambda: frozenset({IMAGE}),
             gpus=lambda: self.gpus,
         )
-        self.link = Link(self.name, bus, agent, lambda seq: self.describe(f"{self.name}-{life}", seq))
+        describe = lambda seq: self.describe(f"{self.name}-{life}", seq)  # noqa: E731
+        self.link = Link(self.name, bus, agent, describe, self.world.clock.monotonic)
         agent.recover()
         for sid in (set(self.vms) | self.files) - {entry.sid for entry in agent.entries if entry.live}:
             self.clean(sid)
