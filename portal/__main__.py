@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import random
+import secrets
 import sys
 import threading
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from deskfleet.runtime.service import MainLoop, SystemClock, notify_systemd
 from deskfleet.runtime.settings import SettingsError, load
 from deskfleet.schemas.config import SECTIONS, LedgerSchema, MachinesSchema, address
 from deskfleet.schemas.errors import TicketError
+from deskfleet.schemas.topology import for_portal
 
 log = logging.getLogger("deskfleet.portal")
 
@@ -78,15 +80,17 @@ def start(sections: dict[str, Any]) -> Services:
     settings: PortalSettings = sections["portal"]
     clock = SystemClock()
     loop = MainLoop(clock)
+    replica = secrets.token_hex(8)
     bus = AmqpBus(
         settings.broker_url.reveal().split(),
         name="portal",
         dispatch=loop.post,
         clock=clock,
         rng=random.Random(),  # noqa: S311  jitter of the reconnects
+        declare=for_portal(replica),
     )
     ledger = open_engine(sections["ledger"]["url"], read_only=True)
-    parts = build(settings, ledger, Path(sections["machines"]["catalogue"]), bus, clock, loop.post)
+    parts = build(settings, ledger, Path(sections["machines"]["catalogue"]), bus, clock, loop.post, replica)
     loop.every(_SWEEP_S, parts.sweep)
     loop.every(_PRUNE_S, parts.prune)
     bus.on_connect(parts.sweep)

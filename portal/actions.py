@@ -6,6 +6,7 @@ import secrets
 
 from flask import session
 
+from deskfleet.portal import words
 from deskfleet.portal.auth import Identity, Unavailable, WrongPassword
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
@@ -13,9 +14,9 @@ from deskfleet.portal.launching import Wish, prepare
 from deskfleet.portal.services import services
 from deskfleet.portal.throttle import counters
 from deskfleet.portal.web import LOGIN, client_address, own_desktop, person
-from deskfleet.portal.words import duration
 from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.tickets import LIFETIME_S, Mode, Ticket
+from deskfleet.schemas.verdict import Forecast, Outlook
 
 #: Unanswered requests that one person may have: enough for a class, too few to fill the disk.
 MOST_WAITING = 20
@@ -32,7 +33,7 @@ def log_in(user: str, password: str) -> Identity:
     wait_s = parts.throttle.begin(against)
     if wait_s:
         parts.counts.logins.labels("slowed").inc()
-        raise Problem(Refused.SLOW_DOWN, f"Too many tries. Try again in {duration(wait_s)}.", wait_s=wait_s)
+        raise Problem(Refused.SLOW_DOWN, f"Too many tries. Try again in {words.duration(wait_s)}.", wait_s=wait_s)
     answer = parts.chain.check(user, password)
     if isinstance(answer, Unavailable):
         parts.throttle.forgive(against, all_of_it=False)
@@ -70,7 +71,7 @@ def launch(wish: Wish, sid: str, via: str) -> tuple[LaunchRequested, bool]:
     """Store a launch and begin to send it; the second value is False when this very request was stored before.
 
     Raises:
-        Problem: not possible as asked, the sid is somebody else's, or too many requests wait.
+        Problem: not possible as asked or on any host, the sid is somebody else's, or too many requests wait.
     """
     parts, who = services(), person()
     message = prepare(sid, wish, who, parts.catalogue.machines(), parts.settings)
@@ -81,11 +82,32 @@ def launch(wish: Wish, sid: str, via: str) -> tuple[LaunchRequested, bool]:
         return message, False
     if parts.outbox.waiting(who.user) >= MOST_WAITING:
         raise Problem(Refused.TOO_MANY_REQUESTS)
+    # When nobody can tell, the launch is stored all the same: the scheduler judges it when it comes.
+    forecast = _ask(message)
+    if forecast and forecast.outlook is Outlook.NEVER:
+        raise Problem(Refused.NEVER_FITS, words.never(forecast), [forecast.why] if forecast.why else [])
     new = parts.outbox.launch(message)
     if new:
         parts.counts.launches.labels(via).inc()
         parts.audit.note(who.user, client_address(), "launch", sid, wish.machine)
     return message, new
+
+
+def foresee(wish: Wish) -> tuple[LaunchRequested, Forecast | None]:
+    """What a wish amounts to, and what would become of it now; None when nobody can tell. Nothing is stored.
+
+    Raises:
+        Problem: not possible as asked.
+    """
+    parts = services()
+    message = prepare(secrets.token_hex(16), wish, person(), parts.catalogue.machines(), parts.settings)
+    return message, _ask(message)
+
+
+def _ask(message: LaunchRequested) -> Forecast | None:
+    forecast = services().forecasts.ask(message)
+    services().counts.forecasts.labels(forecast.outlook.value if forecast else "unknown").inc()
+    return forecast
 
 
 def stop(sid: str) -> Desktop:
@@ -120,8 +142,15 @@ def ticket(sid: str) -> dict[str, object]:
     }
 
 
-def drain(host: str, draining: bool) -> None:
-    """Take a host out of placement, or put it back."""
+def drain(host: str, draining: bool, text: str = "") -> None:
+    """Take a host out of placement, or put it back; `text` is for the people who use it. Raises Problem."""
     who = person()
-    services().fleet.drain(host, draining, who.user)
-    services().audit.note(who.user, client_address(), "drain" if draining else "undrain", host)
+    services().fleet.drain(host, draining, who.user, text)
+    services().audit.note(who.user, client_address(), "drain" if draining else "undrain", host, text)
+
+
+def declare_dead(host: str) -> None:
+    """Give up what a host runs, because it surely does not run. Raises Problem."""
+    who = person()
+    services().fleet.declare_dead(host, who.user)
+    services().audit.note(who.user, client_address(), "declare dead", host)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 
-from flask import Blueprint, redirect, render_template, url_for
+from flask import Blueprint, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
 from deskfleet.portal import actions
-from deskfleet.portal.errors import Problem
+from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.fleet import LONGEST_TEXT
 from deskfleet.portal.services import services
 from deskfleet.portal.views import checked
 from deskfleet.portal.web import admin_only
 from deskfleet.schemas.topology import SCHEDULER_COMMANDS
+
+Answer = str | tuple[str, int] | Response
 
 admin = Blueprint("admin", __name__, url_prefix="/admin")
 
@@ -60,11 +63,29 @@ def audit() -> str:
     return render_template("audit.html", entries=services().audit.newest())
 
 
+@admin.get("/hosts/<host>")
+@admin_only
+def host_page(host: str) -> str:
+    """One host, and what can be done with it."""
+    return _host_page(host)
+
+
+def _host_page(host: str, problem: Problem | None = None) -> str:
+    found = services().fleet.host(host)
+    desktops = [desktop for desktop in services().desktops.live() if desktop.host == host]
+    return render_template("host.html", host=found, desktops=desktops, problem=problem, longest=LONGEST_TEXT)
+
+
 @admin.post("/hosts/<host>/drain")
 @admin_only
-def drain(host: str) -> Response:
-    """Place nothing more on a host."""
-    actions.drain(host, True)
+def drain(host: str) -> Answer:
+    """Place nothing more on a host, and tell the people on it why."""
+    try:
+        actions.drain(host, True, request.form.get("text", ""))
+    except Problem as problem:
+        if problem.reason is not Refused.BAD_FIELDS:
+            raise
+        return _host_page(host, problem), int(problem.status)
     return redirect(url_for("admin.page"), 303)
 
 
@@ -73,6 +94,17 @@ def drain(host: str) -> Response:
 def undrain(host: str) -> Response:
     """Use a host again."""
     actions.drain(host, False)
+    return redirect(url_for("admin.page"), 303)
+
+
+@admin.post("/hosts/<host>/declare-dead")
+@admin_only
+def declare_dead(host: str) -> Answer:
+    """Give up what a host runs. Its name must be typed, so that no slip of the hand does it."""
+    if request.form.get("name") != host:
+        problem = Problem(Refused.BAD_FIELDS, "Nothing was done: the name that was typed is not this host's.")
+        return _host_page(host, problem), int(problem.status)
+    actions.declare_dead(host)
     return redirect(url_for("admin.page"), 303)
 
 

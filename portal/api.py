@@ -16,7 +16,7 @@ from flask_smorest import Api, Blueprint  # type: ignore[import-untyped]
 from marshmallow import ValidationError
 from webargs.flaskparser import FlaskParser
 
-from deskfleet.portal import actions, api_schemas
+from deskfleet.portal import actions, api_schemas, words
 from deskfleet.portal.audit import Entry
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
@@ -29,6 +29,7 @@ from deskfleet.schemas.machine import Machine
 
 _SID = re.compile(r"[0-9a-f]{32}")
 _DAY_S = 24 * 3600
+_NOBODY_KNOWS = {"outlook": "unknown", "host": "", "place": 0, "estimate_s": None, "why": "", "largest": None}
 
 
 class _Parser(FlaskParser):
@@ -115,6 +116,21 @@ def launch(asked: tuple[str, Wish]) -> Any:
     return own_desktop(sid), 202 if new else 200
 
 
+@blueprint.post("/placements")
+@blueprint.arguments(api_schemas.PlacementSchema)
+@blueprint.response(200, api_schemas.ForecastSchema)
+def placement(wish: Wish) -> dict[str, Any]:
+    """What would become of a launch if it were asked for now. Nothing is started, and no place is kept."""
+    message, forecast = actions.foresee(wish)
+    return {
+        "machine": message.machine,
+        "resources": message.resources,
+        "sentence": words.forecast(forecast),
+        **(asdict(forecast) if forecast else _NOBODY_KNOWS),
+        "verdicts": forecast.verdicts if forecast else (),
+    }
+
+
 @blueprint.get("/sessions")
 @blueprint.response(200, api_schemas.SessionListSchema)
 def sessions() -> dict[str, Any]:
@@ -131,6 +147,7 @@ def session(sid: str) -> dict[str, Any]:
     return {
         **asdict(story.desktop),
         "place": story.place,
+        "estimate_s": story.estimate_s,
         "verdicts": [{"host": host, "reason": reason, "sentence": text} for host, reason, text in story.verdicts],
         "steps": story.steps,
     }
@@ -160,10 +177,11 @@ def hosts() -> list[HostView]:
 
 @blueprint.post("/hosts/<host>/drain")
 @admin_only
+@blueprint.arguments(api_schemas.DrainSchema)
 @blueprint.response(204)
-def drain(host: str) -> None:
-    """Place nothing more on a host; what runs there goes on. For administrators."""
-    actions.drain(host, True)
+def drain(asked: dict[str, str], host: str) -> None:
+    """Place nothing more on a host; what runs there goes on. The text is for the people there. For administrators."""
+    actions.drain(host, True, asked["text"])
 
 
 @blueprint.post("/hosts/<host>/undrain")
@@ -172,6 +190,14 @@ def drain(host: str) -> None:
 def undrain(host: str) -> None:
     """Place desktops on a host again. For administrators."""
     actions.drain(host, False)
+
+
+@blueprint.post("/hosts/<host>/declare-dead")
+@admin_only
+@blueprint.response(204)
+def declare_dead(host: str) -> None:
+    """Give up what a host runs. Only when it is surely off or cut from everything. For administrators."""
+    actions.declare_dead(host)
 
 
 @blueprint.get("/queues")

@@ -6,6 +6,7 @@ from typing import Any
 
 from marshmallow import RAISE, Schema, fields, post_load, validate
 
+from deskfleet.portal.fleet import LONGEST_TEXT
 from deskfleet.portal.launching import Wish
 
 _MOST = 1 << 40
@@ -20,13 +21,8 @@ def _whole(low: int = 0, **options: Any) -> fields.Int:
     return fields.Int(strict=True, validate=validate.Range(low, _MOST), **options)
 
 
-class LaunchSchema(_Input):
-    """A launch. With `sid`, the same request sent again is the same desktop; without, every request is a new one."""
-
+class _WishSchema(_Input):
     machine = fields.Str(required=True, validate=validate.Length(1, 48))
-    sid = fields.Str(
-        load_default="", validate=validate.Regexp(r"\A([0-9a-f]{32})?\Z", error="must be 32 lower-case hex digits")
-    )
     cpus = _whole(1, load_default=None)
     memory_mib = _whole(1, load_default=None)
     disk_gib = _whole(1, load_default=None)
@@ -35,9 +31,31 @@ class LaunchSchema(_Input):
     persistent = fields.Bool(load_default=False, truthy={True}, falsy={False})
     lifetime_s = _whole(1, load_default=None)
 
+
+class PlacementSchema(_WishSchema):
+    """A launch that is only thought of."""
+
+    @post_load
+    def _make(self, data: dict[str, Any], **_: Any) -> Wish:
+        return Wish(**data)
+
+
+class LaunchSchema(_WishSchema):
+    """A launch. With `sid`, the same request sent again is the same desktop; without, every request is a new one."""
+
+    sid = fields.Str(
+        load_default="", validate=validate.Regexp(r"\A([0-9a-f]{32})?\Z", error="must be 32 lower-case hex digits")
+    )
+
     @post_load
     def _make(self, data: dict[str, Any], **_: Any) -> tuple[str, Wish]:
         return data.pop("sid"), Wish(**data)
+
+
+class DrainSchema(_Input):
+    """What the administrator tells the people on a host that is being drained."""
+
+    text = fields.Str(load_default="", validate=validate.Length(max=LONGEST_TEXT))
 
 
 class NewTokenSchema(_Input):
@@ -95,7 +113,8 @@ class ResourcesSchema(Schema):
 
 
 class SessionSchema(Schema):
-    """A desktop. `unsure`: the records can't be read now, so this is what was true last."""
+    """A desktop. `unsure`: the records can't be read now, so this is what was true last. `host_silent`: its host does
+    not answer, so nobody knows whether it is still in this `state`. `host_message`: what people on it are told."""
 
     sid = fields.Str()
     user = fields.Str()
@@ -115,10 +134,12 @@ class SessionSchema(Schema):
     resources = fields.Nested(ResourcesSchema)
     stop_asked = fields.Bool()
     unsure = fields.Bool()
+    host_silent = fields.Bool()
+    host_message = fields.Str()
 
 
 class VerdictSchema(Schema):
-    """Why a host did not take a desktop that waits."""
+    """Why a host did not take a desktop, or, without a host, which rule of the queue holds it back."""
 
     host = fields.Str()
     reason = fields.Str()
@@ -136,11 +157,29 @@ class StepSchema(Schema):
 
 
 class StorySchema(SessionSchema):
-    """A desktop, its place among those that wait (1 = next), why no host took it yet, and its steps."""
+    """A desktop, its place among those that wait (1 = next), in how many seconds it starts at the latest (null:
+    unknown), why no host took it yet, and its steps."""
 
     place = fields.Int(allow_none=True)
+    estimate_s = fields.Float(allow_none=True)
     verdicts = fields.List(fields.Nested(VerdictSchema))
     steps = fields.List(fields.Nested(StepSchema))
+
+
+class ForecastSchema(Schema):
+    """What would become of a launch. `outlook` is now, waits, never, or unknown when the scheduler does not say.
+    `largest` is the largest size of the machine that some host could give (null: none)."""
+
+    machine = fields.Str()
+    resources = fields.Nested(ResourcesSchema)
+    outlook = fields.Str()
+    sentence = fields.Str()
+    host = fields.Str()
+    place = fields.Int()
+    estimate_s = fields.Float(allow_none=True)
+    why = fields.Str()
+    largest = fields.Nested(ResourcesSchema, allow_none=True)
+    verdicts = fields.List(fields.Nested(VerdictSchema))
 
 
 class SessionListSchema(Schema):
@@ -190,6 +229,7 @@ class HostSchema(Schema):
 
     name = fields.Str()
     draining = fields.Bool()
+    dead = fields.Bool()
     message = fields.Str()
     seen_s = fields.Float(allow_none=True)
     guests = fields.Int()

@@ -5,7 +5,7 @@ The ledger has the last word. A request that it does not know is shown as what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sqlalchemy.exc import DBAPIError
@@ -14,6 +14,7 @@ from deskfleet.ledger.reader import Reader, SessionEvent
 from deskfleet.portal import words
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.outbox import Outbox, Request, Stage
+from deskfleet.portal.records import HostState, Records
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import SENTENCES
 from deskfleet.schemas.machine import Machine
@@ -22,6 +23,7 @@ from deskfleet.schemas.session import Outcome, Resources, Session, State
 
 #: States in which waiting makes sense: the page keeps asking.
 WAITING = frozenset({"saved", "sent", "queued", "assigned", "starting"})
+UNKNOWN = "unknown"
 _SENDING = "Saved, and being sent."
 _QUEUE_AWAY = "Saved. The queue can't be reached right now; your request is sent as soon as it answers."
 # A broker that works confirms within this time.
@@ -34,7 +36,9 @@ class Desktop:
     """One desktop as its page, its list and the HTTP API show it.
 
     `state` is a session's state, or "saved" / "sent" while the scheduler is not known to have the request. `sentence`
-    says it in words. `unsure` means that the ledger can't be read, so this is what was true last.
+    says it in words. `unsure` means that the ledger can't be read, so this is what was true last. `host_silent` means
+    that its host does not answer, so that nobody knows how it is; `host_message` is what the administrator tells the
+    people on that host.
     """
 
     sid: str
@@ -55,6 +59,13 @@ class Desktop:
     time_left_s: float | None = None
     stop_asked: bool = False
     unsure: bool = False
+    host_silent: bool = False
+    host_message: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The state as people see it: what was true last of a host that does not answer is not shown as if it were."""
+        return UNKNOWN if self.host_silent else self.state
 
     @property
     def waiting(self) -> bool:
@@ -90,10 +101,16 @@ class Desktops:
     """Finds desktops."""
 
     def __init__(
-        self, outbox: Outbox, reader: Reader, machines: Callable[[], Mapping[str, Machine]], clock: Clock
+        self,
+        outbox: Outbox,
+        reader: Reader,
+        records: Records,
+        machines: Callable[[], Mapping[str, Machine]],
+        clock: Clock,
     ) -> None:
         self._outbox = outbox
         self._reader = reader
+        self._records = records
         self._machines = machines
         self._clock = clock
 
@@ -101,13 +118,14 @@ class Desktops:
         """One desktop. Raises Problem when the ledger can't be read and this portal has no request of that id."""
         try:
             session = self._reader.session(sid)
+            hosts = self._hosts([session] if session else [])
         except DBAPIError:
             request = self._outbox.find(sid)
             if request is None:
                 raise Problem(Refused.RECORDS_AWAY) from None
             return replace(self._from_request(request), unsure=True)
         if session is not None:
-            return self._from_session(session, sid in self._outbox.stopping([sid]))
+            return self._from_session(session, sid in self._outbox.stopping([sid]), hosts)
         request = self._outbox.find(sid)
         return self._from_request(request) if request else None
 
@@ -145,16 +163,17 @@ class Desktops:
     def of_user(self, user: str) -> tuple[list[Desktop], bool]:
         """A person's desktops, newest first, and whether the ledger could be read."""
         try:
-            sessions, sure = self._reader.of_user(user), True
+            sessions = self._reader.of_user(user)
+            hosts, sure = self._hosts(sessions), True
         except DBAPIError:
-            sessions, sure = [], False
+            sessions, hosts, sure = [], {}, False
         known = {session.sid for session in sessions}
         requests = [request for request in self._outbox.launches_of(user) if request.sid not in known]
         if sure:
             # A request that the ledger took up long ago and that is not among its newest is history.
             requests = [request for request in requests if request.stage is not Stage.KNOWN]
         stopping = self._outbox.stopping([*known])
-        found = [self._from_session(session, session.sid in stopping) for session in sessions]
+        found = [self._from_session(session, session.sid in stopping, hosts) for session in sessions]
         found += [self._from_request(request) for request in requests]
         return sorted(found, key=lambda desktop: -desktop.created_at), sure
 
@@ -162,16 +181,21 @@ class Desktops:
         """Everybody's desktops that have not ended, oldest first. Raises Problem when the ledger can't be read."""
         try:
             sessions = self._reader.live()
+            hosts = self._hosts(sessions)
         except DBAPIError:
             raise Problem(Refused.RECORDS_AWAY) from None
         stopping = self._outbox.stopping([session.sid for session in sessions])
-        return [self._from_session(session, session.sid in stopping) for session in sessions]
+        return [self._from_session(session, session.sid in stopping, hosts) for session in sessions]
+
+    def _hosts(self, sessions: Sequence[Session]) -> dict[str, HostState]:
+        return self._records.hosts({session.host for session in sessions if session.on_host})
 
     def _title(self, machine: str) -> str:
         entry = self._machines().get(machine)
         return entry.title if entry else machine or "Desktop"
 
-    def _from_session(self, session: Session, stop_asked: bool) -> Desktop:
+    def _from_session(self, session: Session, stop_asked: bool, hosts: Mapping[str, HostState]) -> Desktop:
+        host = hosts.get(session.host) if session.on_host else None
         left = None
         if session.state is State.RUNNING:
             left = max(0.0, session.changed_at + session.lifetime_s - self._clock.wall())
@@ -184,7 +208,7 @@ class Desktops:
             persistent=session.persistent,
             lifetime_s=session.lifetime_s,
             state=session.state.value,
-            sentence=_sentence(session),
+            sentence=_silence(session, host.dead) if host and host.silent else _sentence(session),
             created_at=session.created_at,
             changed_at=session.changed_at,
             host=session.host,
@@ -193,6 +217,8 @@ class Desktops:
             reason=session.reason.value if session.reason else "",
             time_left_s=left,
             stop_asked=stop_asked,
+            host_silent=host.silent if host else False,
+            host_message=host.message if host else "",
         )
 
     def _from_request(self, request: Request) -> Desktop:
@@ -225,6 +251,18 @@ def _on_its_way(stage: Stage, age_s: float) -> tuple[str, str, str, str]:
     if stage is Stage.CANCELLED:
         return "ended", "Stopped by its owner before it started.", Outcome.CANCELLED.value, "stopped_by_user"
     return "sent", "Sent. It waits for the scheduler to take it up.", "", ""
+
+
+def _silence(session: Session, dead: bool) -> str:
+    """What can be said of a desktop on a host that does not answer."""
+    if dead:
+        return f"{session.host} was declared dead, so this desktop is given up."
+    does_not = f"{session.host} does not answer;"
+    if session.state is State.RUNNING:
+        return f"{does_not} the desktop may well run on."
+    if session.state is State.STOPPING:
+        return f"{does_not} the desktop is stopped as soon as it does."
+    return f"{does_not} whether it starts the desktop can't be told."
 
 
 def _sentence(session: Session) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from http import HTTPStatus
 
-from deskfleet.schemas.errors import DeskfleetError
+from deskfleet.schemas.errors import SENTENCES, DeskfleetError, Reason
 
 
 class Refused(StrEnum):
@@ -26,6 +26,7 @@ class Refused(StrEnum):
     NO_SUCH_HOST = "no_such_host"
     UNKNOWN_MACHINE = "unknown_machine"
     BAD_RESOURCES = "bad_resources"
+    NEVER_FITS = "never_fits"
     SID_TAKEN = "sid_taken"
     TOO_MANY_REQUESTS = "too_many_requests"
     NOT_RUNNING = "not_running"
@@ -63,6 +64,7 @@ ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
         "There is no such machine, or your account may not use it. Pick one from the launch page.",
     ),
     Refused.BAD_RESOURCES: (HTTPStatus.UNPROCESSABLE_ENTITY, "The size asked for is outside what this machine allows."),
+    Refused.NEVER_FITS: (HTTPStatus.UNPROCESSABLE_ENTITY, SENTENCES[Reason.NEVER_FITS]),
     Refused.SID_TAKEN: (HTTPStatus.CONFLICT, "This id is taken. Use a new one for a new desktop."),
     Refused.TOO_MANY_REQUESTS: (
         HTTPStatus.TOO_MANY_REQUESTS,

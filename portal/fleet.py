@@ -5,7 +5,6 @@ A figure that is not fresh is unknown; an old one is never shown as if it were t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -15,16 +14,20 @@ from sqlalchemy.exc import DBAPIError
 
 from deskfleet.ledger.reader import Reader
 from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.records import Records
 from deskfleet.runtime.bus import AccessRefused, Bus, BusDown, BusError, Outgoing, QueueDepth, QueueMissing
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.host import Host, HostReport, Phase
-from deskfleet.schemas.messages import DrainRequested, encode
-from deskfleet.schemas.topology import COMMANDS, DEAD, SCHEDULER_COMMANDS, core, host_queue
+from deskfleet.schemas.messages import DrainRequested, HostDeclaredDead, encode
+from deskfleet.schemas.topology import COMMANDS, DEAD, SCHEDULER_COMMANDS, SCHEDULER_QUESTIONS, core, host_queue
 
 _PATIENCE_S = 2.0
+#: The longest maintenance message, in characters.
+LONGEST_TEXT = 400
 
 PURPOSES = {
     SCHEDULER_COMMANDS: "Launches and stops for the scheduler",
+    SCHEDULER_QUESTIONS: "What would become of a launch?",
     "scheduler.reports": "What guests report to the scheduler",
     "scheduler.heartbeats": "Heartbeats of the hosts",
     DEAD: "Messages that nobody could take",
@@ -40,10 +43,12 @@ _PROBLEMS = {
 
 @dataclass(frozen=True, slots=True)
 class HostView:
-    """A host; `report` is None unless it is fresh. `seen_s` is how long ago it was heard, None when never."""
+    """A host; `report` is None unless it is fresh. `seen_s` is how long ago it was heard, None when never. `dead` was
+    declared by an administrator, who also wrote the `message`."""
 
     name: str
     draining: bool
+    dead: bool
     message: str
     seen_s: float | None
     report: HostReport | None
@@ -85,11 +90,11 @@ class QueueView:
 class Fleet:
     """Reads the fleet, and asks for changes to it."""
 
-    def __init__(self, reader: Reader, bus: Bus, clock: Clock, silent_s: float) -> None:
+    def __init__(self, reader: Reader, records: Records, bus: Bus, clock: Clock) -> None:
         self._reader = reader
+        self._records = records
         self._bus = bus
         self._clock = clock
-        self._silent_s = silent_s
 
     def readable(self) -> bool:
         """Whether the ledger answers."""
@@ -101,8 +106,10 @@ class Fleet:
 
     def hosts(self) -> list[HostView]:
         """Every host by name. Raises Problem when the ledger can't be read."""
-        now = self._clock.wall()
-        return [self._view(host, now) for host in self._hosts()]
+        try:
+            return [self._view(host) for host in self._reader.hosts()]
+        except DBAPIError:
+            raise Problem(Refused.RECORDS_AWAY) from None
 
     def host(self, name: str) -> HostView:
         """One host. Raises Problem when it has never reported."""
@@ -111,16 +118,10 @@ class Fleet:
                 return view
         raise Problem(Refused.NO_SUCH_HOST)
 
-    def _hosts(self) -> Sequence[Host]:
-        try:
-            return self._reader.hosts()
-        except DBAPIError:
-            raise Problem(Refused.RECORDS_AWAY) from None
-
-    def _view(self, host: Host, now: float) -> HostView:
-        seen_s = max(0.0, now - host.seen_at) if host.seen_at else None
-        fresh = seen_s is not None and seen_s <= self._silent_s
-        return HostView(host.name, host.draining, host.message, seen_s, host.report if fresh else None)
+    def _view(self, host: Host) -> HostView:
+        seen_s = max(0.0, self._clock.wall() - host.seen_at) if host.seen_at else None
+        report = None if self._records.silent(host.seen_at) else host.report
+        return HostView(host.name, host.draining, host.dead, host.message, seen_s, report)
 
     def queues(self) -> list[QueueView]:
         """Every queue that the portal knows of, asked at once. Never raises: what does not answer is unknown."""
@@ -140,14 +141,23 @@ class Fleet:
             return QueueView(name, purpose, None, None, reason)
         return QueueView(name, purpose, found.messages, found.consumers, needs_consumer=name != DEAD)
 
-    def drain(self, host: str, draining: bool, actor: str) -> None:
-        """Ask the scheduler to take a host out of placement, or to put it back.
+    def drain(self, host: str, draining: bool, actor: str, text: str = "") -> None:
+        """Ask the scheduler to take a host out of placement, or to put it back; `text` is for the people who use it.
 
         Raises:
-            Problem: the host has never reported, or the queue did not take the message.
+            Problem: the text is too long, the host has never reported, or the queue did not take the message.
         """
-        self.host(host)
-        kind, body = encode(DrainRequested(host, draining, actor))
+        if len(text) > LONGEST_TEXT:
+            raise Problem(Refused.BAD_FIELDS, details=[f"message: at most {LONGEST_TEXT} characters"])
+        self._change(DrainRequested(host, draining, actor, " ".join(text.split())))
+
+    def declare_dead(self, host: str, actor: str) -> None:
+        """Tell the scheduler that a host does not run: what ran there is given up. Raises Problem as drain() does."""
+        self._change(HostDeclaredDead(host, actor))
+
+    def _change(self, message: DrainRequested | HostDeclaredDead) -> None:
+        self.host(message.host)
+        kind, body = encode(message)
         try:
             self._bus.publish(Outgoing(COMMANDS, "scheduler", kind, body)).result(_PATIENCE_S)
         except (BusError, FutureTimeout):

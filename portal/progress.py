@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deskfleet.portal.desktops import Desktop, Story
+from deskfleet.portal.words import ordinal
 from deskfleet.schemas.session import Event, State
 
 # A desktop that is on its way well mostly starts within this time, and a person watches every step of it.
@@ -54,6 +55,22 @@ def stages(story: Story, now: float) -> list[Stage]:
         at = times[number] if status == "done" else now if status == "current" else None
         found.append(Stage(name, status, None if at is None else max(0.0, at - since)))
     return found
+
+
+def headline(story: Story) -> str:
+    """How far it is, in the words of a tab that is not looked at."""
+    desktop = story.desktop
+    if desktop.over:
+        return "Ended"
+    if desktop.host_silent:
+        return "Unknown"
+    if desktop.running:
+        return "Ready"
+    if desktop.state == State.STOPPING:
+        return "Stopping"
+    if story.place:
+        return f"{ordinal(story.place)} in the queue"
+    return "Starting" if desktop.host else "Waiting"
 
 
 def _reached(desktop: Desktop, number: int) -> bool:

@@ -23,6 +23,8 @@ from deskfleet.portal.fleet import Fleet
 from deskfleet.portal.launching import Seals
 from deskfleet.portal.logins import Logins
 from deskfleet.portal.outbox import Outbox
+from deskfleet.portal.outlook import Forecasts
+from deskfleet.portal.records import Records
 from deskfleet.portal.settings import PortalSettings
 from deskfleet.portal.store import Store
 from deskfleet.portal.throttle import Throttle
@@ -44,6 +46,7 @@ class Counts:
     requests: Counter
     logins: Counter
     launches: Counter
+    forecasts: Counter
     tickets: Counter
 
 
@@ -64,6 +67,7 @@ class Services:
     outbox: Outbox
     desktops: Desktops
     fleet: Fleet
+    forecasts: Forecasts
     seals: Seals
     tickets: Tickets
     metrics: Metrics
@@ -104,10 +108,13 @@ def build(
     bus: Bus,
     clock: Clock,
     defer: Callable[[Callable[[], None]], None],
+    replica: str,
 ) -> Services:
-    """Put the parts together. Nothing is started; `defer` runs an action soon on the portal's own thread."""
+    """Put the parts together. Nothing is started; `defer` runs an action soon on the portal's own thread, `replica`
+    names this process on the bus."""
     store = Store(settings.database.reveal())
     reader = Reader(ledger)
+    records = Records(ledger, clock, settings.host_silent_s)
     catalogue = Catalogue(catalogue_folder)
     accounts = Accounts(store, clock)
     known: dict[str, Method] = {"local": accounts}
@@ -129,8 +136,10 @@ def build(
         throttle=Throttle(store, clock),
         audit=Audit(store, clock),
         outbox=outbox,
-        desktops=Desktops(outbox, reader, catalogue.machines, clock),
-        fleet=Fleet(reader, bus, clock, settings.host_silent_s),
+        desktops=Desktops(outbox, reader, records, catalogue.machines, clock),
+        fleet=Fleet(reader, records, bus, clock),
+        # Half of the threads may wait for the scheduler, so that the others go on when it is away.
+        forecasts=Forecasts(bus, replica, clock, max(1, settings.threads // 2)),
         seals=Seals(settings.secret_key.reveal()),
         tickets=Tickets([key.reveal() for key in settings.ticket_keys]),
         metrics=metrics,
@@ -138,6 +147,7 @@ def build(
             metrics.counter("http_requests", "Answers by endpoint and status", ["endpoint", "status"]),
             metrics.counter("logins", "Tries to log in", ["result"]),
             metrics.counter("launches", "Launches that were stored", ["via"]),
+            metrics.counter("forecasts", "What the scheduler said of would-be launches", ["outlook"]),
             metrics.counter("tickets", "Console tickets handed out"),
         ),
     )

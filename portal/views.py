@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from flask import Blueprint, make_response, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
-from deskfleet.portal import actions, progress
+from deskfleet.portal import actions, progress, words
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.launching import Wish, lifetimes, offered
@@ -17,6 +17,7 @@ from deskfleet.portal.web import own_desktop, person, public, someone
 from deskfleet.schemas.machine import GpuPolicy, Machine
 from deskfleet.schemas.session import State
 from deskfleet.schemas.tickets import SID
+from deskfleet.schemas.verdict import Outlook
 
 pages = Blueprint("pages", __name__)
 
@@ -147,11 +148,29 @@ def _wish(name: str, form: Mapping[str, str]) -> Wish:
     )
 
 
+@pages.get("/launch/<name>/outlook")
+def outlook(name: str) -> Page:
+    """What would become of a launch as the form is filled in; the launch pages show it before the click."""
+    try:
+        _, forecast = actions.foresee(_wish(name, request.args))
+    except Problem as problem:
+        if problem.reason not in (Refused.BAD_FIELDS, Refused.BAD_RESOURCES):
+            raise
+        return render_template("_outlook.html", tone="never", text=problem.message, reasons=problem.details)
+    reasons = [forecast.why, *(verdict.sentence for verdict in forecast.verdicts)] if forecast else []
+    return render_template(
+        "_outlook.html",
+        tone=forecast.outlook.value if forecast else "unknown",
+        text=words.forecast(forecast),
+        reasons=[] if forecast and forecast.outlook is Outlook.NOW else [line for line in reasons if line],
+    )
+
+
 @pages.get("/progress/<sid>")
 def progress_page(sid: str) -> Page:
     """How a desktop gets on; its screen as soon as there is one."""
     desktop = own_desktop(checked(sid))
-    if desktop.running:
+    if desktop.running and not desktop.host_silent:
         return redirect(url_for("pages.desktop", sid=sid))
     return render_template("progress.html", **_progress(desktop))
 
@@ -161,7 +180,7 @@ def progress_part(sid: str) -> Page:
     """The part of the progress page that changes."""
     desktop = own_desktop(checked(sid))
     response = make_response(render_template("_progress.html", **_progress(desktop)))
-    if desktop.running:
+    if desktop.running and not desktop.host_silent:
         response.headers["HX-Redirect"] = url_for("pages.desktop", sid=sid)
     return response
 
@@ -173,6 +192,7 @@ def _progress(desktop: Desktop) -> dict[str, object]:
         "story": story,
         "desktop": story.desktop,
         "stages": progress.stages(story, now),
+        "headline": progress.headline(story),
         "pause_ms": progress.pause_ms(story.desktop, now),
     }
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 
+from deskfleet.schemas.errors import SENTENCES, Reason
 from deskfleet.schemas.session import Outcome, Resources
+from deskfleet.schemas.verdict import Forecast, Outlook
 
 OUTCOMES: dict[Outcome, str] = {
     Outcome.STOPPED: "Stopped",
@@ -28,7 +31,7 @@ def memory(mib: int) -> str:
     return f"{round(amount, 1):g} {unit}"
 
 
-def size(resources: Resources) -> str:
+def size(resources: Resources, between: str = " · ") -> str:
     """2 CPUs · 4 GiB memory · 20 GiB disk · 1 GPU"""
     parts = [
         f"{resources.cpus} CPU{'s' if resources.cpus != 1 else ''}",
@@ -37,7 +40,7 @@ def size(resources: Resources) -> str:
     ]
     if resources.gpus:
         parts.append(f"{resources.gpus} GPU{'s' if resources.gpus != 1 else ''} {resources.gpu_model}".rstrip())
-    return " · ".join(parts)
+    return between.join(parts)
 
 
 def duration(seconds: float) -> str:
@@ -51,6 +54,39 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h" + (f" {minutes} min" if minutes else "")
     return f"{minutes} min" if minutes else f"{rest} s"
+
+
+def about(seconds: float) -> str:
+    """An estimate, in whole minutes rounded up: 1 min, 12 min, 2 h 5 min"""
+    return duration(60 * max(1, math.ceil(seconds / 60)))
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, 11th"""
+    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number}{ending}"
+
+
+def forecast(found: Forecast | None) -> str:
+    """What a request can expect, in the words of the launch page; None means that nobody can tell."""
+    if found is None:
+        return "Whether it starts at once can't be told right now."
+    if found.outlook is Outlook.NOW:
+        return "Starts now"
+    if found.outlook is Outlook.NEVER:
+        largest = f"the largest is {size(found.largest, ', ')}" if found.largest else ""
+        return f"Never fits: {largest or 'no host could give any size of it'}"
+    place = f"{ordinal(found.place)} in the queue" if found.place else ""
+    if found.estimate_s is None:
+        return "Waits; nobody can tell how long" + (f" ({place})" if place else "")
+    return f"Waits: about {about(found.estimate_s)}" + (f", {place}" if place else "")
+
+
+def never(found: Forecast) -> str:
+    """Why a launch is refused that would never fit, with the largest size that would."""
+    if found.largest is None:
+        return "No host could ever start this machine, in no size. Ask an administrator."
+    return f"{SENTENCES[Reason.NEVER_FITS]} The largest that fits is {size(found.largest, ', ')}."
 
 
 def ago(then: float, now: float) -> str:

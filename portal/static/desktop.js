@@ -31,6 +31,7 @@ function show(state, text) {
   keys.disabled = !up;
   paste.disabled = !up || !navigator.clipboard;
   screen.classList.toggle("stale", !up);
+  document.title = `${up ? "Ready" : text} · ${page.title}`;
 }
 
 function end(text) {

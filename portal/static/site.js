@@ -31,12 +31,22 @@ window.addEventListener("pageshow", (event) => {
 const offline = document.getElementById("offline");
 
 for (const name of ["htmx:sendError", "htmx:timeout", "htmx:responseError"]) {
-  document.addEventListener(name, () => { offline.hidden = false; });
+  document.addEventListener(name, (event) => {
+    const outlook = event.target.closest(".outlook");
+    if (outlook) outlook.textContent = "Whether it starts at once can't be told right now.";
+    else offline.hidden = false;
+  });
 }
+
+// So that a tab in the background tells how far its desktop is.
+document.addEventListener("htmx:afterSwap", () => {
+  const named = document.querySelector("[data-title]");
+  if (named) document.title = named.dataset.title;
+});
 
 document.addEventListener("htmx:beforeSwap", (event) => {
   if (event.detail.isError) return;
   offline.hidden = true;
   // What is pressed must not be replaced before it is released: the click would be lost.
-  if (event.detail.target.querySelector("button:active, a:active, details[open]")) event.detail.shouldSwap = false;
+  if (!event.detail.target.matches(".outlook") && event.detail.target.querySelector("button:active, a:active, details[open]")) event.detail.shouldSwap = false;
 });

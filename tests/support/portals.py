@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,34 @@ from deskfleet.ledger.writer import Writer
 from deskfleet.portal.services import Services, build
 from deskfleet.portal.settings import PortalSchema, PortalSettings
 from deskfleet.portal.store import Store
+from deskfleet.runtime.bus import Delivery, Outgoing
 from deskfleet.runtime.memory_bus import MemoryBroker
 from deskfleet.schemas.host import Gpu, HostReport
-from deskfleet.schemas.messages import LaunchRequested, StopRequested, decode
+from deskfleet.schemas.messages import (
+    LaunchRequested,
+    PlacementAnswered,
+    PlacementAsked,
+    StopRequested,
+    decode,
+    decode_as,
+    encode,
+)
 from deskfleet.schemas.session import Event, Outcome, Resources, Session, State, advance, place
-from deskfleet.schemas.topology import SCHEDULER_COMMANDS, core, for_host
+from deskfleet.schemas.topology import (
+    EVENTS,
+    SCHEDULER_COMMANDS,
+    SCHEDULER_QUESTIONS,
+    answer_key,
+    answers_queue,
+    core,
+    for_host,
+    for_portal,
+)
+from deskfleet.schemas.verdict import Forecast, Outlook
 
 PASSWORD = "correct horse battery"
 KEY = "k" * 40
+REPLICA = "p1"
 MACHINE = """
 title = "{title}"
 text = "For tests."
@@ -90,7 +111,8 @@ def report(host: str, **changes: Any) -> HostReport:
 
 
 class World:
-    """A portal and what stands around it. `portal` is what create_app() takes."""
+    """A portal and what stands around it. `portal` is what create_app() takes; `forecast` is what the scheduler answers
+    to every question, or None while it answers none."""
 
     def __init__(self, folder: Path, database: str = "", **changes: Any) -> None:
         self.clock = TickingClock()
@@ -107,7 +129,15 @@ class World:
         self.machine("desktop")
         self.broker = MemoryBroker(random.Random(1), self.clock)
         self.broker.declare(core() + for_host("h1"))
-        self.bus = self.broker.connect("portal", lambda action: action())
+        self.forecast: Forecast | None = Forecast(Outlook.NOW, "h1")
+        self.questions: list[PlacementAsked] = []
+        self._scheduler = self.broker.connect("scheduler", lambda action: action())
+        self._scheduler.consume(SCHEDULER_QUESTIONS, self._answer)
+        self._scheduler.start()
+        self.bus = self.broker.connect("portal", lambda action: action(), for_portal(REPLICA))
+        # The broker in memory moves nothing by itself: here, questions and answers are on their way at once.
+        publish = self.bus.publish
+        self.bus.publish = lambda message: self._ask(publish(message), message)  # type: ignore[method-assign]
         self.deferred: list[Callable[[], None]] = []
         self.portal = self.build(**changes)
         self.bus.start()
@@ -123,11 +153,27 @@ class World:
             self.bus,
             self.clock,
             self.deferred.append,
+            REPLICA,
         )
+
+    def _ask(self, published: Future[None], message: Outgoing) -> Future[None]:
+        if message.routing_key == "questions":
+            self.broker.deliver_one(SCHEDULER_QUESTIONS)
+        return published
+
+    def _answer(self, delivery: Delivery) -> None:
+        delivery.ack()
+        asked = decode_as(PlacementAsked, delivery.type, delivery.body)
+        self.questions.append(asked)
+        if self.forecast is not None:
+            kind, body = encode(PlacementAnswered(asked.question, self.forecast))
+            self._scheduler.publish(Outgoing(EVENTS, answer_key(asked.replica), kind, body, durable=False))
+            self.broker.deliver_one(answers_queue(asked.replica))
 
     def close(self) -> None:
         """Give files and connections back."""
         self.bus.stop()
+        self._scheduler.stop()
         self.portal.store.close()
         self._reading.dispose()
         self.ledger.dispose()

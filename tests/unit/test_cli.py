@@ -96,7 +96,7 @@ def parts(config: Path, run: Run) -> Iterator[Services]:
     settings = load(config, {"portal": PortalSchema()}, {}, SECTIONS)["portal"]
     ledger = open_engine(f"sqlite:///{config.parent}/ledger.db", read_only=True)
     harness = MemoryHarness()
-    made = build(settings, ledger, config.parent / "catalogue", harness.bus(), SystemClock(), lambda _: None)
+    made = build(settings, ledger, config.parent / "catalogue", harness.bus(), SystemClock(), lambda _: None, "p1")
     yield made
     harness.close()
     made.store.close()

@@ -94,7 +94,7 @@ def test_why_it_waits(world: World) -> None:
     world.session(A, "alice", State.QUEUED)
     world.session(B, "bob", State.QUEUED)
     with world.writer.begin() as tx:
-        tx.explain(B, Wait(2, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free"),)), 5.0)
+        tx.explain([(B, Wait(2, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free"),)), 5.0)])
     story = world.portal.desktops.story(found(world, B))
     assert story.place == 2
     assert story.verdicts == (("h1", "memory_short", "h1: 2.1 of 4 GiB free"),)
@@ -178,5 +178,5 @@ def test_draining_is_confirmed_or_refused(world: World) -> None:
 def test_every_reason_makes_a_sentence(world: World) -> None:
     session = world.session(A, "alice", State.RUNNING)
     for reason in Reason:
-        desktop = world.portal.desktops._from_session(replace(session, reason=reason, state=State.STOPPING), False)
+        desktop = world.portal.desktops._from_session(replace(session, reason=reason, state=State.STOPPING), False, {})
         assert desktop.sentence.startswith("It is being stopped.") and len(desktop.sentence) > 25

@@ -37,6 +37,7 @@ ACCESS = {
     "pages.logout": "person",
     "pages.launch": "person",
     "pages.machine": "person",
+    "pages.outlook": "person",
     "pages.progress_page": "person",
     "pages.progress_part": "person",
     "pages.desktops": "person",
@@ -46,10 +47,13 @@ ACCESS = {
     "admin.page": "admin",
     "admin.part": "admin",
     "admin.audit": "admin",
+    "admin.host_page": "admin",
     "admin.drain": "admin",
+    "admin.declare_dead": "admin",
     "admin.undrain": "admin",
     "admin.stop": "admin",
     "api.machines": "person",
+    "api.placement": "person",
     "api.launch": "person",
     "api.sessions": "person",
     "api.session": "person",
@@ -60,6 +64,7 @@ ACCESS = {
     "api.drop_token": "person",
     "api.hosts": "admin",
     "api.drain": "admin",
+    "api.declare_dead": "admin",
     "api.undrain": "admin",
     "api.queues": "admin",
     "api.audit": "admin",
@@ -681,7 +686,7 @@ def test_names_from_elsewhere_are_shown_as_text(world: World, app: Flask, text: 
     world.session(MINE, name, State.RUNNING)
     waiting = world.session("d" * 32, name, State.QUEUED)
     with world.writer.begin() as tx:
-        tx.explain(waiting.sid, Wait(1, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, text),)), 1.0)
+        tx.explain([(waiting.sid, Wait(1, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, text),)), 1.0)])
         tx.drain("h1", True, text)
     browser = signed_in(app, name)
     for path in pages(waiting.sid):
