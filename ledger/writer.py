@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from deskfleet.ledger import tables
 from deskfleet.ledger.reader import Wait, all_hosts, live_sessions
 from deskfleet.ledger.rows import figures_text, session_values, to_session, verdicts_text
-from deskfleet.schemas.errors import DeskfleetError
+from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.host import Host, HostReport
 from deskfleet.schemas.messages import encode
 from deskfleet.schemas.session import Event, Session, State
@@ -121,18 +121,41 @@ class Transaction:
             )
         )
 
-    def explain(self, sid: str, wait: Wait, waited_s: float) -> None:
-        """Store what keeps a waiting session from starting, and how long it has waited (seconds)."""
-        self._connection.execute(
-            update(tables.session)
-            .where(tables.session.c.sid == sid, tables.session.c.state == State.QUEUED.value)
-            .values(
-                verdicts=verdicts_text(wait.verdicts),
-                place=wait.place,
-                estimate_s=wait.estimate_s,
-                waited_s=waited_s,
-            )
+    def explain(self, rows: Sequence[tuple[str, Wait, float]]) -> None:
+        """Store what keeps waiting sessions (by sid) from starting, and how many seconds each has waited."""
+        if not rows:
+            return
+        query = update(tables.session).where(
+            tables.session.c.sid == bindparam("of_sid"), tables.session.c.state == State.QUEUED.value
         )
+        self._connection.execute(
+            query,
+            [
+                {
+                    "of_sid": sid,
+                    "verdicts": verdicts_text(wait.verdicts),
+                    "place": wait.place,
+                    "estimate_s": wait.estimate_s,
+                    "waited_s": waited_s,
+                }
+                for sid, wait, waited_s in rows
+            ],
+        )
+
+    def failed_starts(self) -> list[tuple[str, Verdict]]:
+        """The failed starts of those who wait again: sid, and what happened on which host, oldest first."""
+        event, session = tables.session_event, tables.session
+        query = (
+            select(event.c.sid, event.c.host, event.c.reason, event.c.detail)
+            .join(session, session.c.sid == event.c.sid)
+            .where(event.c.event == Event.RETRY.value, session.c.state != State.ENDED.value)
+            .order_by(event.c.id)
+        )
+        return [
+            (row.sid, Verdict(row.host, Reason(row.reason), row.detail))
+            for row in self._connection.execute(query)
+            if row.reason
+        ]
 
     def claim(self, host: str, generation: int) -> int:
         """Take the next command number of a host: placement lock, order of commands and fencing token in one.

@@ -21,7 +21,7 @@ from deskfleet.scheduler.fleet import Fleet
 from deskfleet.scheduler.unit import Unit
 from deskfleet.schemas import topology
 from deskfleet.schemas.errors import DecodeError, IllegalTransition
-from deskfleet.schemas.host import HostReport
+from deskfleet.schemas.host import HostBeat, HostReport
 from deskfleet.schemas.messages import Message, VmReport, decode
 from deskfleet.schemas.session import State
 
@@ -29,6 +29,12 @@ log = logging.getLogger(__name__)
 
 Job = Callable[[Unit], object]
 
+_QUEUES = (
+    topology.SCHEDULER_COMMANDS,
+    topology.SCHEDULER_REPORTS,
+    topology.SCHEDULER_HEARTBEATS,
+    topology.SCHEDULER_QUESTIONS,
+)
 #: How often a decision is taken again when somebody else changed the rows first.
 CONFLICT_TRIES = 5
 
@@ -55,7 +61,7 @@ class Scheduler:
         self._settings = settings
         self._defer = defer
         self.fleet = Fleet(settings.policy)
-        self._decisions = Decisions(self.fleet, machines, settings)
+        self.decisions = Decisions(self.fleet, machines, settings, clock.monotonic())
         self._batch: list[tuple[Delivery, Message]] = []
         #: False while the ledger does not answer: nothing is decided then, and nothing is acknowledged.
         self.healthy = False
@@ -63,7 +69,7 @@ class Scheduler:
     def start(self) -> None:
         """Read the ledger and begin to consume."""
         self._reload()
-        for queue in (topology.SCHEDULER_COMMANDS, topology.SCHEDULER_REPORTS, topology.SCHEDULER_HEARTBEATS):
+        for queue in _QUEUES:
             self._bus.consume(queue, self.on_delivery)
         self._bus.every(1.0, self.sweep)
 
@@ -71,7 +77,7 @@ class Scheduler:
         """Rebuild the cache from the ledger."""
         with self._writer.begin() as tx:
             self.fleet.load(tx.hosts(), tx.live_sessions())
-        self._decisions.place_soon = True
+            self.decisions.load(tx.failed_starts())
         self.healthy = True
 
     def on_delivery(self, delivery: Delivery) -> None:
@@ -116,7 +122,7 @@ class Scheduler:
                 self._batch.append((delivery, message))
 
     def _job(self, message: Message) -> Job:
-        return lambda unit: self._decisions.handle(unit, message, self._clock.monotonic(), self._clock.wall())
+        return lambda unit: self.decisions.handle(unit, message, self._clock.monotonic(), self._clock.wall())
 
     def _attempt(self, jobs: list[Job]) -> bool:
         """One transaction over some jobs; False, with nothing kept, when it did not go through."""
@@ -127,8 +133,8 @@ class Scheduler:
                 unit = Unit(tx, self.fleet, self._clock.wall(), self._settings.limits)
                 for job in jobs:
                     job(unit)
-                if self._decisions.place_soon:
-                    self._decisions.place_waiting(unit, self._clock.monotonic())
+                if self.decisions.queue.soon:
+                    self.decisions.queue.run(unit, self._clock.monotonic())
         except (Conflict, IllegalTransition) as error:
             log.info("deciding again on fresh rows: %s", error)
             self._recover()
@@ -149,7 +155,7 @@ class Scheduler:
 
     def _publish(self, message: Outgoing) -> None:
         if message.exchange == topology.COMMANDS and message.correlation_id:
-            self._decisions.commanded[message.correlation_id] = self._clock.monotonic()
+            self.decisions.commanded[message.correlation_id] = self._clock.monotonic()
         self._bus.publish(message).add_done_callback(partial(_unsent, message))
 
     def _recover(self) -> None:
@@ -164,11 +170,21 @@ class Scheduler:
         if not self.healthy:
             self._recover()
         self.flush()
-        reports, self._decisions.reports = self._decisions.reports, {}
-        if reports:
-            self._attempt([lambda unit: unit.tx.save_reports(list(reports.values()))])
-        for job in self._decisions.overdue(self._clock.monotonic()):
+        self._store_reports()
+        for job in self.decisions.overdue(self._clock.monotonic()):
             self._attempt([job])
+
+    def _store_reports(self) -> None:
+        """What hosts said, for the pages: once a second, however many there are."""
+        reports, figures = self.decisions.reports, self.decisions.figures
+        self.decisions.reports, self.decisions.figures = {}, {}
+
+        def store(unit: Unit) -> None:
+            unit.tx.save_reports(list(reports.values()))
+            unit.tx.save_figures(list(figures.values()))
+
+        if reports or figures:
+            self._attempt([store])
 
     def count(self, state: State) -> int:
         """How many live sessions are in a state, for the metrics. May be asked from another thread."""
@@ -176,13 +192,13 @@ class Scheduler:
 
     def fresh_hosts(self) -> int:
         """How many hosts were heard lately, for the metrics. May be asked from another thread."""
-        now, fresh_s = self._clock.monotonic(), self._settings.fresh_s
-        return sum(1 for state in list(self.fleet.hosts.values()) if self.fleet.is_fresh(state, now, fresh_s))
+        now, fresh_s = self._clock.monotonic(), self._settings.policy.fresh_s
+        return sum(1 for state in list(self.fleet.hosts.values()) if state.is_fresh(now, fresh_s))
 
 
 def _vouched(sender: str, message: Message) -> bool:
     """The broker proved who sent a message (AMQP user_id); an agent may speak for its own host only."""
-    if isinstance(message, VmReport | HostReport):
+    if isinstance(message, VmReport | HostReport | HostBeat):
         return sender == f"agent-{message.host}"
     return not sender.startswith("agent-")
 

@@ -89,10 +89,10 @@ def failed_start(session: Session, reason: Reason | None, detail: str, max_attem
 
 
 def absent(sessions: Iterable[Session], report: HostReport, max_attempts: int) -> Iterator[Step]:
-    """The sessions of this host that its heartbeat proves absent."""
+    """The sessions of a host that its heartbeat proves absent."""
     listed = {guest.sid for guest in report.guests}
     for session in sessions:
-        if session.host != report.host or not session.on_host or session.sid in listed:
+        if session.sid in listed:
             continue
         if session.generation > report.last_generation:
             continue  # the command may still be under way
@@ -102,10 +102,12 @@ def absent(sessions: Iterable[Session], report: HostReport, max_attempts: int) -
             yield Step(session, Event.GONE, Outcome.LOST, Reason.ABSENT)
 
 
-def on_report(sessions: Mapping[str, Session], report: HostReport, max_attempts: int) -> Iterator[Action]:
-    """Everything that one heartbeat asks for. `sessions` are the live ones by sid."""
+def on_report(
+    sessions: Mapping[str, Session], here: Mapping[str, Session], report: HostReport, max_attempts: int
+) -> Iterator[Action]:
+    """Everything that one heartbeat asks for. `sessions` are all live ones by sid, `here` those of this host."""
     for guest in report.guests:
         action = on_guest(sessions.get(guest.sid), report.host, guest, max_attempts)
         if action:
             yield action
-    yield from absent(sessions.values(), report, max_attempts)
+    yield from absent(here.values(), report, max_attempts)

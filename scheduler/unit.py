@@ -13,7 +13,15 @@ from deskfleet.scheduler.reconcile import Step
 from deskfleet.schemas import topology
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.machine import Machine
-from deskfleet.schemas.messages import HostFence, SessionChanged, VmStart, VmStop, encode
+from deskfleet.schemas.messages import (
+    HostFence,
+    HostInventory,
+    PlacementAnswered,
+    SessionChanged,
+    VmStart,
+    VmStop,
+    encode,
+)
 from deskfleet.schemas.session import Event, Outcome, Session, State, advance, place
 from deskfleet.schemas.verdict import Verdict
 
@@ -64,7 +72,7 @@ class Unit:
     def start(self, session: Session, placement: Placement, machine: Machine) -> Session:
         """Assign a queued session under the next command number of the host, and tell the host."""
         generation = self._claim(placement.host)
-        placed = place(session, placement.host, generation, placement.gpu_addresses)
+        placed = place(session, placement.host, generation, placement.gpu_addresses, placement.why)
         return self._command(self._save(session, placed, Event.PLACE), machine)
 
     def reissue(self, session: Session, machine: Machine) -> Session:
@@ -74,9 +82,12 @@ class Unit:
 
     def _claim(self, host: str) -> int:
         state = self._fleet.hosts[host]
-        generation = self.tx.claim(host, state.host.generation)
-        state.host = replace(state.host, generation=generation)
-        return generation
+        state.generation = self.tx.claim(host, state.generation)
+        return state.generation
+
+    def burn(self, host: str) -> None:
+        """Take a command number of a host that is never used: everything up to it is void."""
+        self._claim(host)
 
     def _command(self, session: Session, machine: Machine) -> Session:
         self.send_host(
@@ -116,10 +127,18 @@ class Unit:
         outcome, reason = session.outcome or Outcome.STOPPED, session.reason or Reason.STOPPED_BY_ADMIN
         self.send_host(session.host, VmStop(session.sid, session.generation, outcome, reason))
 
-    def send_host(self, host: str, message: VmStart | VmStop | HostFence) -> None:
+    def answer(self, replica: str, answer: PlacementAnswered) -> None:
+        """Answer a portal's question. Lost answers are no harm: somebody just is not told beforehand."""
+        kind, body = encode(answer)
+        key = topology.answer_key(replica)
+        self.outbox.append(
+            Outgoing(topology.EVENTS, key, kind, body, correlation_id=answer.question, durable=False, mandatory=False)
+        )
+
+    def send_host(self, host: str, message: VmStart | VmStop | HostFence | HostInventory) -> None:
         """Queue a command for a host."""
         kind, body = encode(message)
-        sid = "" if isinstance(message, HostFence) else message.sid
+        sid = message.sid if isinstance(message, VmStart | VmStop) else ""
         self.outbox.append(Outgoing(topology.COMMANDS, topology.host_queue(host), kind, body, correlation_id=sid))
 
     def _announce(self, session: Session) -> None:

@@ -75,7 +75,7 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One entry of the catalogue. Memory in MiB, disk in GiB (virtual size)."""
+    """One entry of the catalogue. Memory in MiB, disk in GiB (virtual size). `labels` are required of a host."""
 
     name: str
     title: str
@@ -93,6 +93,7 @@ class Machine:
     gpu_models: tuple[str, ...] = ()
     users: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
     @property
     def defaults(self) -> Resources:
@@ -168,6 +169,10 @@ class _GpuSchema(_Strict):
     models = fields.List(fields.Str(validate=validate.Length(1, 128)), load_default=list)
 
 
+class _PlacementSchema(_Strict):
+    labels = fields.List(fields.Str(validate=validate.Regexp(rf"\A{NAME.pattern}\Z")), load_default=list)
+
+
 class _AccessSchema(_Strict):
     users = fields.List(fields.Str(validate=validate.Length(1, 256)), load_default=list)
     groups = fields.List(fields.Str(validate=validate.Length(1, 256)), load_default=list)
@@ -184,6 +189,7 @@ class _MachineSchema(_Strict):
     memory_mib = fields.Nested(_RangeSchema, required=True)
     disk_gib = fields.Nested(_RangeSchema, required=True)
     gpu = fields.Nested(_GpuSchema, load_default=lambda: {"policy": GpuPolicy.NEVER, "models": []})
+    placement = fields.Nested(_PlacementSchema, load_default=lambda: {"labels": []})
     access = fields.Nested(_AccessSchema, required=True)
 
 
@@ -231,6 +237,7 @@ def parse_machine(name: str, text: str) -> Machine:
         gpu_models=tuple(data["gpu"]["models"]),
         users=tuple(data["access"]["users"]),
         groups=tuple(data["access"]["groups"]),
+        labels=tuple(data["placement"]["labels"]),
     )
 
 

@@ -163,10 +163,11 @@ def advance(
     return changed
 
 
-def place(session: Session, host: str, generation: int, gpu_addresses: tuple[str, ...] = ()) -> Session:
-    """Assign a queued session to `host` under `generation`.
+def place(session: Session, host: str, generation: int, gpu_addresses: tuple[str, ...] = (), why: str = "") -> Session:
+    """Assign a queued session to `host` under `generation`; `why` says what spoke for the host.
 
     Raises:
         IllegalTransition: the session is not queued.
     """
-    return replace(advance(session, Event.PLACE), host=host, generation=generation, gpu_addresses=gpu_addresses)
+    placed = advance(session, Event.PLACE, detail=why)
+    return replace(placed, host=host, generation=generation, gpu_addresses=gpu_addresses)

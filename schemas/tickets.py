@@ -10,8 +10,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
 from enum import StrEnum
+from typing import Any
 
 from itsdangerous import BadSignature, TimestampSigner, URLSafeTimedSerializer
 
@@ -72,19 +72,19 @@ class Tickets:
         content = [ticket.sid, ticket.user, ticket.host, ticket.generation, ticket.mode.value, ticket.nonce]
         return str(self._serializer.dumps(content))
 
-    def verify(self, text: str, max_age_s: int = LIFETIME_S) -> Ticket:
+    def verify(self, text: str) -> Ticket:
         """The ticket that `text` holds.
 
         Raises:
-            TicketError: forged, older than `max_age_s`, further from the future than `SKEW_S`, or malformed; which one
-                is not told apart, since only an attacker would profit.
+            TicketError: forged, older than `LIFETIME_S`, from further in the future than `SKEW_S`, or malformed; which
+                one is not told apart, since only an attacker would profit.
         """
         try:
-            # The age is judged here, because itsdangerous allows no clock to be behind.
             content, signed_at = self._serializer.loads(text, return_timestamp=True)
-            sid, user, host, generation, mode, nonce = content
-            if not -SKEW_S <= int(self._wall()) - signed_at.timestamp() <= max_age_s:
+            # The age is judged here: given a `max_age`, itsdangerous refuses whatever its own clock is behind of.
+            if not -SKEW_S <= int(self._wall()) - signed_at.timestamp() <= LIFETIME_S:
                 raise ValueError
+            sid, user, host, generation, mode, nonce = content
             if not (SID.fullmatch(sid) and HOST.fullmatch(host) and NONCE.fullmatch(nonce)):
                 raise ValueError
             if not isinstance(generation, int):

@@ -187,7 +187,7 @@ def test_queue_place_verdicts_and_lists(writer: Writer, reader: Reader) -> None:
     with writer.begin() as tx:
         for session in sessions:
             tx.add(session)
-        tx.explain(sessions[1].sid, Wait(1, 90.0, (verdict,)), 12.5)
+        tx.explain([(sessions[1].sid, Wait(1, 90.0, (verdict,)), 12.5)])
         tx.save(sessions[0], ended, Event.GIVE_UP)
     waits = [reader.wait(s.sid) for s in sessions]
     assert waits == [None, Wait(1, 90.0, (verdict,)), Wait(None, None, ())]

@@ -76,11 +76,11 @@ def test_one_message_that_breaks_the_scheduler_spoils_only_itself(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The others are applied, it goes to the dead letters, and the cache is as the ledger."""
-    decisions = bench.scheduler._decisions
+    decisions = bench.scheduler.decisions
     real = decisions._launch
 
-    def broken(unit: object, request: LaunchRequested, wall: float) -> None:
-        real(unit, request, wall)  # type: ignore[arg-type]
+    def broken(unit: object, request: LaunchRequested, now: float, wall: float) -> None:
+        real(unit, request, now, wall)  # type: ignore[arg-type]
         if request.sid == BAD:
             raise KeyError("a fault of ours")
 
@@ -104,7 +104,7 @@ def test_a_fault_in_the_sweep_leaves_the_scheduler_working(bench: Bench, monkeyp
         return [job]
 
     with monkeypatch.context() as patched:
-        patched.setattr(bench.scheduler._decisions, "overdue", broken)
+        patched.setattr(bench.scheduler.decisions, "overdue", broken)
         bench.scheduler.sweep()
     bench.send(ask("1" * 32))
     bench.work()

@@ -1,0 +1,191 @@
+"""The queue at work: who can start is started, who can't is told why, how far in front, and until when. No I/O of its
+own: it works on a `Unit`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from deskfleet.ledger.reader import Wait
+from deskfleet.scheduler.filters import Moment, Reservation, Want
+from deskfleet.scheduler.fleet import Fleet
+from deskfleet.scheduler.placement import NoFit, choose, explain
+from deskfleet.scheduler.plan import reserve, starts
+from deskfleet.scheduler.policy import Policy
+from deskfleet.scheduler.stats import Stats
+from deskfleet.scheduler.turns import capped, in_order
+from deskfleet.scheduler.unit import Unit
+from deskfleet.schemas.errors import Reason
+from deskfleet.schemas.machine import Machine
+from deskfleet.schemas.session import Session
+from deskfleet.schemas.verdict import Verdict
+
+#: So many of the queue get an estimate; for those behind them too much can happen.
+MOST_ESTIMATES = 200
+#: Seconds for which a reservation is good, and for which estimates are.
+_REPLAN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Somebody who can't start now: what is wanted (None when a rule of the queue stands before any host), and why."""
+
+    session: Session
+    want: Want | None
+    rule: Verdict | None = None
+
+
+class Queue:
+    """The waiting sessions of a fleet. `now` is monotonic seconds."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        machines: Callable[[], Mapping[str, Machine]],
+        policy: Policy,
+        explain_s: float,
+        stats: Stats,
+    ) -> None:
+        self._fleet = fleet
+        self._machines = machines
+        self._policy = policy
+        self._explain_s = explain_s
+        self._stats = stats
+        #: Set by whatever may let somebody start.
+        self.soon = True
+        self.waited: dict[str, float] = {}  # sid -> seconds in the queue
+        self.failures: dict[str, tuple[Verdict, ...]] = {}  # sid -> the failed starts so far
+        self._reserved: dict[str | None, tuple[Reservation | None, float]] = {}  # kind -> reservation, made at
+        self._estimates: dict[str, float] = {}  # sid -> monotonic seconds
+        self._estimated = float("-inf")
+        self._told: dict[str, tuple[object, ...]] = {}
+        self._told_all = float("-inf")
+
+    def forget(self) -> None:
+        """Drop what is known of sessions that have ended."""
+        known: tuple[dict[str, object], ...] = (self.waited, self.failures, self._told, self._estimates)  # type: ignore[assignment]
+        for entries in known:
+            for sid in entries.keys() - self._fleet.sessions.keys():
+                del entries[sid]
+
+    def want(self, session: Session, machine: Machine) -> Want:
+        """What a session needs from a host."""
+        failed_on = frozenset(verdict.host for verdict in self.failures.get(session.sid, ()))
+        return Want(
+            sid=session.sid,
+            resources=session.resources,
+            sha256=machine.sha256,
+            lifetime_s=session.lifetime_s,
+            labels=frozenset(machine.labels),
+            admitted=self._policy.admitted(session.groups),
+            confined=self._policy.confined(session.groups),
+            avoid=failed_on,
+        )
+
+    def in_order(self, more: Iterable[Session] = ()) -> list[Session]:
+        """The queue in the order of turns, with `more` as if they had asked now."""
+        fleet = self._fleet
+        return list(in_order([*fleet.waiting(), *more], fleet.used, fleet.total(), self._policy))
+
+    def rule(self, session: Session) -> Verdict | None:
+        """The rule of the queue that keeps somebody waiting whatever the hosts say; None when there is none."""
+        fleet = self._fleet
+        return capped(
+            session.user, session.groups, session.resources, fleet.used, fleet.grouped, self._policy
+        )  # fmt: skip
+
+    def moment(self, now: float) -> Moment:
+        """The present, with the room that is kept."""
+        kept: dict[str, tuple[Reservation, ...]] = {}
+        for entry, _ in self._reserved.values():
+            if entry and entry.sid in self._fleet.sessions and not self._fleet.sessions[entry.sid].on_host:
+                kept[entry.host] = (*kept.get(entry.host, ()), entry)
+        return Moment(now, self._policy, kept)
+
+    def run(self, unit: Unit, now: float) -> None:
+        """Give everybody a turn, in order. Who fits nowhere does not hold up those behind who do."""
+        self.soon = False
+        order = self.in_order()
+        if not order:
+            self._reserved.clear()
+            return
+        machines = self._machines()
+        owners = {entry.sid for entry, made in self._reserved.values() if entry and now - made < _REPLAN_S}
+        self._reserved = {
+            kind: (entry, made) for kind, (entry, made) in self._reserved.items() if entry and entry.sid in owners
+        }
+        at = self.moment(now)
+        refused: set[tuple[object, ...]] = set()
+        blocked: list[Blocked] = []
+        for session in order:
+            machine = machines.get(session.machine)
+            rule = self.rule(session) if machine else Verdict("", Reason.UNKNOWN_MACHINE)
+            if rule or machine is None:
+                blocked.append(Blocked(session, None, rule))
+                continue
+            want = self.want(session, machine)
+            # Within one pass room only shrinks: what did not fit once does not fit later.
+            if want.shape not in refused or want.sid in owners:
+                choice = choose(want, self._fleet.index.walk(want), at)
+                if not isinstance(choice, NoFit):
+                    unit.start(session, choice, machine)
+                    self._fleet.hosts[choice.host].resting.tries(machine.sha256, session.sid, now)
+                    for kept in at.reservations.get(choice.host, ()):
+                        kept.spend(want, now, self._policy.guest_overhead_mib)
+                    self._stats.placed += 1
+                    continue
+                refused.add(want.shape)
+                at = self._keep_room(want, at)
+            blocked.append(Blocked(session, want))
+        self._tell(unit, blocked, at)
+
+    def _keep_room(self, want: Want, at: Moment) -> Moment:
+        """Keep room for the first of its kind that can't start now."""
+        kind = want.resources.gpu_model if want.resources.gpus else None
+        held, _ = self._reserved.get(kind, (None, 0.0))
+        if held:
+            return at
+        made = reserve(want, self._fleet.hosts, self._fleet.leases(at.now), at.now, self._policy)
+        self._reserved[kind] = (made, at.now)
+        return self.moment(at.now) if made else at
+
+    def _tell(self, unit: Unit, blocked: list[Blocked], at: Moment) -> None:
+        """Write down place, estimate and reasons: when they change, else now and then, since figures always do."""
+        everything = at.now - self._told_all >= self._explain_s
+        if everything:
+            self._told_all = at.now
+        self._estimate(blocked, at, everything)
+        shared: dict[tuple[object, ...], tuple[Verdict, ...]] = {}
+        rows = []
+        for place, entry in enumerate(blocked, 1):
+            sid = entry.session.sid
+            verdicts = self._verdicts(entry, at, shared)
+            news = (place, sid in self._estimates, tuple((verdict.host, verdict.reason) for verdict in verdicts))
+            if not everything and self._told.get(sid) == news:
+                continue
+            if self._told.get(sid) != news:
+                self._stats.refused.update(verdict.reason for verdict in verdicts)
+            self._told[sid] = news
+            estimate = self._estimates.get(sid)
+            wait = Wait(place, None if estimate is None else max(0.0, estimate - at.now), verdicts)
+            rows.append((sid, wait, self.waited.get(sid, entry.session.waited_s)))
+        unit.tx.explain(rows)
+
+    def _verdicts(
+        self, entry: Blocked, at: Moment, shared: dict[tuple[object, ...], tuple[Verdict, ...]]
+    ) -> tuple[Verdict, ...]:
+        if entry.want is None:
+            return (entry.rule,) if entry.rule else ()
+        shape = entry.want.shape
+        if shape not in shared:
+            shared[shape] = explain(entry.want, self._fleet.hosts.values(), at)
+        return (*shared[shape], *self.failures.get(entry.session.sid, ()))
+
+    def _estimate(self, blocked: list[Blocked], at: Moment, everything: bool) -> None:
+        wants = [entry.want for entry in blocked[:MOST_ESTIMATES] if entry.want]
+        new = any(want.sid not in self._told for want in wants)
+        if not everything and not (new and at.now - self._estimated >= _REPLAN_S):
+            return
+        self._estimated = at.now
+        expected = starts(wants, self._fleet.hosts, self._fleet.leases(at.now), at)
+        self._estimates = {sid: start.at for sid, start in expected.items()}
