@@ -132,7 +132,8 @@ def ticket(sid: str) -> dict[str, object]:
         raise Problem(Refused.NOT_RUNNING, desktop.sentence)
     if desktop.user != who.user:
         parts.audit.note(who.user, client_address(), "console", sid, f"of {desktop.user}")
-    signed = parts.tickets.sign(Ticket(sid, who.user, desktop.generation, Mode.FULL, secrets.token_hex(16)))
+    right = Ticket(sid, who.user, desktop.host, desktop.generation, Mode.FULL, secrets.token_hex(16))
+    signed = parts.tickets.sign(right)
     parts.counts.tickets.inc()
     return {
         "ticket": signed,

@@ -22,12 +22,12 @@ class Refused(StrEnum):
     BAD_ORIGIN = "bad_origin"
     BAD_TICKET = "bad_ticket"
     TICKET_USED = "ticket_used"
-    UNKNOWN_SESSION = "unknown_session"
     SESSION_MOVED = "session_moved"
     SESSION_ENDED = "session_ended"
     SESSION_FULL = "session_full"
     PROXY_FULL = "proxy_full"
     NOT_READY = "not_ready"
+    HOST_SILENT = "host_silent"
     HOST_FULL = "host_full"
     HOST_FAILED = "host_failed"
     HOST_TIMEOUT = "host_timeout"
@@ -47,10 +47,6 @@ ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
     ),
     Refused.BAD_TICKET: (HTTPStatus.FORBIDDEN, "The console ticket is not valid any more. Reload the desktop's page."),
     Refused.TICKET_USED: (HTTPStatus.FORBIDDEN, "The console ticket was used before. Reload the desktop's page."),
-    Refused.UNKNOWN_SESSION: (
-        HTTPStatus.NOT_FOUND,
-        "No host reports this desktop. It may have ended; look at your desktops.",
-    ),
     Refused.SESSION_MOVED: (
         HTTPStatus.CONFLICT,
         "The desktop was started again after this ticket was made. Reload the desktop's page.",
@@ -63,7 +59,11 @@ ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
     Refused.PROXY_FULL: (HTTPStatus.SERVICE_UNAVAILABLE, "Too many consoles are open. Try again in a moment."),
     Refused.NOT_READY: (
         HTTPStatus.SERVICE_UNAVAILABLE,
-        "The console service has just started and does not know all desktops yet. Try again in a moment.",
+        "The console service has just started and does not know all hosts yet. Try again in a moment.",
+    ),
+    Refused.HOST_SILENT: (
+        HTTPStatus.BAD_GATEWAY,
+        "The desktop's host has not reported for a while. Try again; if it persists, tell an administrator.",
     ),
     Refused.HOST_FULL: (
         HTTPStatus.SERVICE_UNAVAILABLE,

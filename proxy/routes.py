@@ -1,7 +1,7 @@
-"""Where each desktop's console is, as heartbeats and the scheduler's announcements tell it.
+"""Whether a console may be opened where its ticket says that the desktop is, and the address of that host.
 
-Pure: no clock, no network. A wrong desktop is worse than none, so a route counts only for the generation that the
-ticket names, and two hosts that claim the same one cancel each other out until the scheduler's word settles it.
+Pure: no clock, no network. The ticket names the host and the generation; heartbeats and the scheduler's announcements
+tell what has changed since it was signed. No host can draw another's consoles to itself by what it claims.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from deskfleet.proxy.refusals import Refusal, Refused
-from deskfleet.schemas.host import HostReport, Phase
+from deskfleet.schemas.host import HostBeat, HostReport, Phase
 from deskfleet.schemas.messages import SessionChanged
 from deskfleet.schemas.session import State
+from deskfleet.schemas.tickets import LIFETIME_S, SKEW_S
 
 #: Logins on the broker. It verifies the sender of each message, so a host can speak for itself only.
 SCHEDULER_LOGIN = "scheduler"
@@ -19,6 +20,8 @@ AGENT_LOGIN = "agent-{host}"
 
 _OVER_PHASES = frozenset({Phase.STOPPING, Phase.ENDED})
 _OVER_STATES = frozenset({State.STOPPING, State.ENDED})
+#: When an announcement is this old, no ticket from before it is valid any more.
+_TICKETS_S = LIFETIME_S + SKEW_S
 #: Earlier lives of an agent that are remembered, so that their late reports are recognised.
 _LIVES = 4
 
@@ -44,8 +47,12 @@ class _Host:
     heard_at: float
     address: str
     last_generation: int
+    retired: tuple[str, ...]
+    #: Of the last full heartbeat; `digest` is empty before there was one.
     guests: dict[str, tuple[int, Phase]]
-    retired: tuple[str, ...] = ()
+    digest: str
+    #: Whether that inventory still stands: a small heartbeat with another digest means that a full one was lost.
+    current: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +67,8 @@ class _Announced:
 class RouteTable:
     """The routes of one proxy process. Times are seconds of a monotonic clock, given by the caller.
 
-    A host that falls silent keeps its routes for `keep_s`: it may well be alive, and dialling decides. Until `settle_s`
-    after the bus was connected a heartbeat of each host has yet to come.
+    A host that falls silent is kept for `keep_s`: it may well be alive, and dialling decides. Until `settle_s` after
+    the bus was connected a heartbeat of each host has yet to come.
     """
 
     keep_s: float
@@ -69,7 +76,6 @@ class RouteTable:
     _first_listening: float | None = None
     _listening: float | None = None
     _hosts: dict[str, _Host] = field(default_factory=dict)
-    _claims: dict[str, set[str]] = field(default_factory=dict)
     _announced: dict[str, _Announced] = field(default_factory=dict)
 
     def listening(self, now: float) -> None:
@@ -88,43 +94,39 @@ class RouteTable:
 
     @property
     def size(self) -> tuple[int, int]:
-        """How many hosts and how many desktops are known."""
-        return len(self._hosts), len(self._claims)
+        """How many hosts are known, and how many desktops their last full heartbeats listed."""
+        return len(self._hosts), sum(len(host.guests) for host in self._hosts.values())
 
-    def heartbeat(self, sender: str, report: HostReport, now: float) -> frozenset[str]:
-        """Take a host's report; return the sessions whose consoles on this host it ends, and on no other.
+    def heartbeat(self, sender: str, message: HostReport | HostBeat, now: float) -> frozenset[str]:
+        """Take a host's heartbeat; return the sessions whose consoles on this host it ends, and on no other.
 
-        A report of the same life with a `seq` that is not greater, or of an earlier life, changes nothing.
+        One of the same life with a `seq` that is not greater, or of an earlier life, changes nothing.
 
         Raises:
             WrongSender: the broker did not verify that this host's own agent sent it.
         """
-        if sender != AGENT_LOGIN.format(host=report.host):
-            raise WrongSender(f"a heartbeat of {report.host} from {sender or 'nobody'}")
-        old = self._hosts.get(report.host)
-        retired: tuple[str, ...] = ()
-        if old:
-            if report.incarnation in old.retired or (report.incarnation == old.incarnation and report.seq <= old.seq):
-                return frozenset()
-            retired = old.retired
-            if report.incarnation != old.incarnation:
-                retired = (*retired, old.incarnation)[-_LIVES:]
-        guests = {guest.sid: (guest.generation, guest.phase) for guest in report.guests}
-        self._claim(report.host, old.guests if old else {}, guests)
-        self._hosts[report.host] = _Host(
-            report.incarnation, report.seq, now, report.console, report.last_generation, guests, retired
-        )
-        missing = old.guests.keys() - guests.keys() if old else set()
-        return frozenset(missing) | {guest.sid for guest in report.guests if guest.phase in _OVER_PHASES}
-
-    def _claim(self, host: str, old: dict[str, tuple[int, Phase]], new: dict[str, tuple[int, Phase]]) -> None:
-        for sid in old.keys() - new.keys():
-            hosts = self._claims[sid]
-            hosts.discard(host)
-            if not hosts:
-                del self._claims[sid]
-        for sid in new.keys() - old.keys():
-            self._claims.setdefault(sid, set()).add(host)
+        if sender != AGENT_LOGIN.format(host=message.host):
+            raise WrongSender(f"a heartbeat of {message.host} from {sender or 'nobody'}")
+        host = self._hosts.get(message.host)
+        if host is None:
+            host = _Host(message.incarnation, -1, now, "", 0, (), {}, "", False)
+            self._hosts[message.host] = host
+        if message.incarnation in host.retired:
+            return frozenset()
+        if message.incarnation != host.incarnation:
+            host.retired = (*host.retired, host.incarnation)[-_LIVES:]
+            host.incarnation = message.incarnation
+        elif message.seq <= host.seq:
+            return frozenset()
+        host.seq, host.heard_at, host.address = message.seq, now, message.console
+        host.last_generation = message.last_generation
+        if isinstance(message, HostBeat):
+            host.current = message.digest == host.digest
+            return frozenset()
+        guests = {guest.sid: (guest.generation, guest.phase) for guest in message.guests}
+        missing = host.guests.keys() - guests.keys()
+        host.guests, host.digest, host.current = guests, message.digest, True
+        return frozenset(missing) | {guest.sid for guest in message.guests if guest.phase in _OVER_PHASES}
 
     def announce(self, sender: str, changed: SessionChanged, now: float) -> bool:
         """Take the scheduler's word about a session; true when its consoles must be cut.
@@ -144,43 +146,41 @@ class RouteTable:
     def expire(self, now: float) -> None:
         """Forget hosts and announcements older than `keep_s`; call it now and then."""
         for name in [name for name, host in self._hosts.items() if now - host.heard_at > self.keep_s]:
-            self._claim(name, self._hosts.pop(name).guests, {})
+            del self._hosts[name]
         for sid in [sid for sid, word in self._announced.items() if now - word.at > self.keep_s]:
             del self._announced[sid]
 
-    def find(self, sid: str, generation: int, now: float) -> Route:
-        """The route of a session as started under `generation`.
+    def find(self, sid: str, generation: int, host: str, now: float) -> Route:
+        """The route of a session as `host` has started it under `generation`, by a ticket that is valid `now`.
+
+        A host of which only small heartbeats are known, because this process has just started or a full one was lost,
+        is dialled: it opens no console of a desktop that it does not run.
 
         Raises:
-            Refusal: ended, moved, unknown, or not known yet.
+            Refusal: ended, moved, or the host is silent, or not heard of yet.
         """
         word = self._announced.get(sid)
         if word and word.over:
             raise Refusal(Refused.SESSION_ENDED)
-        if word and word.host and word.generation == generation:
-            return self._route(sid, generation, word.host, now)
-        claims = self._claims.get(sid, set())
-        hosts = [host for host in claims if self._hosts[host].guests[sid][0] == generation]
-        if len(hosts) > 1:
-            raise Refusal(Refused.HOST_FAILED, f"claimed by {', '.join(sorted(hosts))}")
-        if hosts:
-            return self._route(sid, generation, hosts[0], now)
-        raise Refusal(Refused.SESSION_MOVED if claims or word else self._unknown(now))
+        # The ticket is as good as the ledger when it was signed; an announcement from before that is no news.
+        if word and (word.host, word.generation) != (host, generation) and now - word.at <= _TICKETS_S:
+            raise Refusal(Refused.SESSION_MOVED)
+        known = self._hosts.get(host)
+        if known is None:
+            raise Refusal(Refused.HOST_SILENT if self.settled(now) else Refused.NOT_READY, f"no heartbeat of {host}")
+        if known.current:
+            _check_listed(known, sid, generation)
+        if not known.address:
+            raise Refusal(Refused.HOST_FAILED, f"{host} offers no console address")
+        return Route(sid, generation, host, known.address)
 
-    def _unknown(self, now: float) -> Refused:
-        return Refused.UNKNOWN_SESSION if self.settled(now) else Refused.NOT_READY
 
-    def _route(self, sid: str, generation: int, name: str, now: float) -> Route:
-        host = self._hosts.get(name)
-        if host is None:
-            raise Refusal(self._unknown(now), f"no heartbeat of {name}")
-        listed = host.guests.get(sid)
-        if listed is None and host.last_generation >= generation:
-            raise Refusal(Refused.SESSION_ENDED, f"{name} does not run it")
-        if listed and listed[0] != generation:
-            raise Refusal(Refused.SESSION_MOVED, f"{name} runs it under {listed[0]}")
-        if listed and listed[1] in _OVER_PHASES:
-            raise Refusal(Refused.SESSION_ENDED, f"{listed[1]} on {name}")
-        if not host.address:
-            raise Refusal(Refused.HOST_FAILED, f"{name} offers no console address")
-        return Route(sid, generation, name, host.address)
+def _check_listed(host: _Host, sid: str, generation: int) -> None:
+    """Refuse what a host's own inventory speaks against."""
+    if host.last_generation < generation:
+        return  # it is from before this start
+    listed, phase = host.guests.get(sid, (None, Phase.ENDED))
+    if listed not in (None, generation):
+        raise Refusal(Refused.SESSION_MOVED, f"its host runs it under {listed}")
+    if phase in _OVER_PHASES:
+        raise Refusal(Refused.SESSION_ENDED, "its host does not run it")

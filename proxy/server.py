@@ -207,7 +207,7 @@ class Server:
 
     async def _open(self, sock: socket.socket, admission: Admission) -> None:
         ticket = admission.ticket
-        route = self._routes.find(ticket.sid, ticket.generation, self._now())
+        route = self._routes.find(ticket.sid, ticket.generation, ticket.host, self._now())
         if self._taken.total() >= self._limits.tunnels:
             raise Refusal(Refused.PROXY_FULL)
         if self._taken[ticket.sid] >= self._limits.per_session:
@@ -220,7 +220,7 @@ class Server:
             host, granted = await self._dialler.open(route, handshake)
             try:
                 # The session may have ended, or moved, while the host was asked.
-                if self._routes.find(ticket.sid, ticket.generation, self._now()) != route:
+                if self._routes.find(ticket.sid, ticket.generation, ticket.host, self._now()) != route:
                     raise Refusal(Refused.SESSION_MOVED)
             except Refusal:
                 host.close()

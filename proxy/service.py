@@ -16,7 +16,7 @@ from deskfleet.runtime.bus import Bus, Delivery
 from deskfleet.runtime.metrics import Health
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DecodeError
-from deskfleet.schemas.host import HostReport
+from deskfleet.schemas.host import HostBeat, HostReport
 from deskfleet.schemas.messages import SessionChanged, decode
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class News:
     def _take(self, delivery: Delivery) -> None:
         message = decode(delivery.type, delivery.body)
         now = self._clock.monotonic()
-        if isinstance(message, HostReport):
+        if isinstance(message, HostReport | HostBeat):
             for sid in self._routes.heartbeat(delivery.sender, message, now):
                 self._server.cut(sid, message.host)
         elif isinstance(message, SessionChanged):
@@ -102,7 +102,7 @@ class Figures(Collector):
         return [
             self._gauge("tunnels", "Consoles that are open", len(tunnels)),
             self._gauge("hosts", "Hosts with routes", hosts),
-            self._gauge("desktops", "Desktops that hosts report", desktops),
+            self._gauge("desktops", "Desktops that full heartbeats have listed", desktops),
             self._counter("opened", "Consoles opened", "", {"": stats.opened}),
             self._counter(
                 "bytes", "Bytes relayed: up from browsers, down from hosts", "direction", {"up": up, "down": down}

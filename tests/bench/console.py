@@ -39,9 +39,9 @@ def sid(number: int) -> str:
     return f"{number:032x}"
 
 
-def by_ticket(first: int) -> Callable[[int], str]:
-    """Requests for the desktops that are numbered from `first`."""
-    return lambda number: f"/console?ticket={TICKETS.sign(ticket(sid(first + number), 7))}"
+def by_ticket(first: int, host: str) -> Callable[[int], str]:
+    """Requests for the desktops of a host that are numbered from `first`."""
+    return lambda number: f"/console?ticket={TICKETS.sign(ticket(sid(first + number), 7, host))}"
 
 
 def by_token(number: int) -> str:
@@ -92,7 +92,7 @@ def stage(folder: Path, consoles: int) -> Iterator[dict[str, Target]]:
         far, far_tls = free_port(), free_port()
         start([*load, "--port", str(far)], "far")
         start([*load, "--port", str(far_tls), "--tls", server.cert, server.key, fleet.authority.ca], "far-tls")
-        targets = {"direct": Target("direct", far, by_ticket(0))}
+        targets = {"direct": Target("direct", far, by_ticket(0, "h1"))}
         for suffix, host, port, first, settings, pair in (
             ("", "h1", far, 0, PLAIN, None),
             (" tls", "h2", far_tls, 10_000, {}, ours),
@@ -103,10 +103,11 @@ def stage(folder: Path, consoles: int) -> Iterator[dict[str, Target]]:
             assert proxy.process
             started.append(proxy.process)
             feed(fleet, host, port, first, consoles)
-            mine = Target(f"deskfleet{suffix}", proxy.port, by_ticket(first), (proxy.process.child.pid,))
+            mine = Target(f"deskfleet{suffix}", proxy.port, by_ticket(first, host), (proxy.process.child.pid,))
             wait_for_route(mine)
             argv, nginx_port = nginx(folder, f"nginx{suffix.strip()}", port, pair)
-            theirs = Target(f"nginx{suffix}", nginx_port, by_ticket(first), (start(argv, f"nginx{suffix.strip()}"),))
+            pids = (start(argv, f"nginx{suffix.strip()}"),)
+            theirs = Target(f"nginx{suffix}", nginx_port, by_ticket(first, host), pids)
             wait_for(nginx_port)
             targets |= {mine.name: mine, theirs.name: theirs}
         console = ConsoleHost("h1", folder, None)

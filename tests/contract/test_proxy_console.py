@@ -93,7 +93,8 @@ def test_a_ticket_opens_its_desktop_once(fleet: ConsoleFleet, host: ConsoleHost,
         assert console.recv(PATIENCE) == hello(T, 8)
     assert proxy.refusal(S, text=text) == (403, "ticket_used")
     assert proxy.refusal(S, 6) == (409, "session_moved")
-    assert proxy.refusal("c" * 32) == (404, "unknown_session")
+    assert proxy.refusal("c" * 32) == (409, "session_ended"), "its host has listed what it runs"
+    assert proxy.refusal(S, host="h9") == (502, "host_silent")
     host.hide(T)
     assert proxy.refusal(T, 8) == (409, "session_ended"), "the host says that it is not there"
     assert proxy.refusal(S, origin="https://evil.example") == (403, "bad_origin")
@@ -167,9 +168,9 @@ def test_a_host_can_speak_for_itself_only(fleet: ConsoleFleet, host: ConsoleHost
     evil.start()
     evil.show(S, 7)
     fleet.beat(evil)
-    until(lambda: proxy.refusal(S) == (502, "host_failed"), "the two claims cancel out")
-    fleet.announce(S, State.RUNNING, "h1")
-    until(lambda: proxy.knows(S), "the scheduler's word settles it")
+    until(lambda: proxy.figure("hosts") == 2, "h2's claim has come in")
+    assert proxy.knows(S)
+    assert evil.displays[S].visitors == 0
     evil.stop()
     assert 'dropped_total{reason="wrong_sender"} 1.0' in proxy.ask("/metrics")
 
@@ -183,7 +184,7 @@ def test_a_host_must_show_its_own_certificate(
     host.show("d" * 32, 9)
     impostor.address = host.address
     fleet.beat(impostor)
-    until(lambda: proxy.refusal("d" * 32, 9) == (502, "host_failed"), "h1's certificate does not name h2")
+    until(lambda: proxy.refusal("d" * 32, 9, host="h2") == (502, "host_failed"), "h1's certificate does not name h2")
     assert "certificate" in proxy.log.read_text()
     plain = ConsoleHost("h1", folder / "plain", None)
     plain.start()

@@ -15,8 +15,10 @@ from support.console_fleet import PATIENCE, ConsoleFleet, ConsoleHost, Proxy, ac
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
 from deskfleet.runtime.bus import BusError
+from deskfleet.schemas.host import Phase
+from deskfleet.schemas.session import State
 
-S = "a" * 32
+S, T = "a" * 32, "b" * 32
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,44 @@ def test_sigterm_drains_and_a_second_one_does_not_wait(fleet: ConsoleFleet, fold
     host.stop()
 
 
+@pytest.mark.parametrize("kill", [False, True])
+def test_one_small_heartbeat_brings_desktops_back_after_a_restart(
+    fleet: ConsoleFleet, folder: Path, kill: bool
+) -> None:
+    """The list of what a host runs comes once a minute; nobody waits for it."""
+    host = ConsoleHost("h1", folder, fleet.authority)
+    host.start()
+    host.show(S, 7)
+    host.show(T, 8)
+    proxy = Proxy(fleet, f"proxy-small-{kill}")
+    proxy.start()
+    fleet.beat(host)
+    until(lambda: proxy.knows(S), "the display is reached")
+    assert proxy.process
+    proxy.process.end(kill)
+    proxy.start()
+    assert proxy.refusal(S) == (502, "host_silent"), "it has heard nothing yet"
+    fleet.beat(host, small=True)
+    until(lambda: proxy.figure("hosts") == 1, "the heartbeat has come in")
+    with proxy.connect(S) as console, proxy.connect(T, 8) as other:
+        assert console.recv(PATIENCE) == hello(S)
+        assert other.recv(PATIENCE) == hello(T, 8)
+        fleet.announce(S, State.STOPPING)
+        with pytest.raises(ConnectionClosed):
+            console.recv(PATIENCE)
+        host.guests[T] = (8, Phase.ENDED)
+        fleet.beat(host)
+        with pytest.raises(ConnectionClosed):
+            other.recv(PATIENCE)
+    assert proxy.refusal("c" * 32) == (409, "session_ended"), "now its host has listed what it runs"
+    host.guests[T] = (8, Phase.RUNNING)
+    host.stop()
+    proxy.process.end(kill=True)
+
+
 def test_restarts_in_any_order_never_show_another_desktop(fleet: ConsoleFleet, folder: Path) -> None:
-    """Each display says whose it is, and of which start. Sessions move while processes die, and some hosts go on
-    showing what has been started anew elsewhere; a wrong name is never read."""
+    """Each display says whose it is, and of which start. Sessions move while processes die and full heartbeats are
+    lost, and some hosts go on showing what has been started anew elsewhere; a wrong name is never read."""
     rng = random.Random(22)
     hosts = [ConsoleHost(name, folder, fleet.authority) for name in ("h1", "h2")]
     for host in hosts:
@@ -76,18 +113,18 @@ def test_restarts_in_any_order_never_show_another_desktop(fleet: ConsoleFleet, f
     done = threading.Event()
 
     def place(sid: str) -> None:
-        host = rng.choice(hosts)
+        host = rng.choice([host for host in hosts if sid not in where or host is not where[sid][0]])
         numbers[host.name] += 1
-        where[sid] = host, numbers[host.name]
         host.show(sid, numbers[host.name])
+        where[sid] = host, numbers[host.name]  # tickets are for what runs
 
     def look() -> None:
         mine = random.Random(threading.get_ident())
         while not done.is_set():
             sid, proxy = mine.choice(sids), mine.choice(proxies)
-            generation = where[sid][1]
+            host, generation = where[sid]
             try:
-                with proxy.connect(sid, generation, open_timeout=10) as console:
+                with proxy.connect(sid, generation, host=host.name, open_timeout=10) as console:
                     said = console.recv(10)
             except (WebSocketException, OSError, EOFError):  # refused, cut, or nobody there
                 continue
@@ -102,7 +139,7 @@ def test_restarts_in_any_order_never_show_another_desktop(fleet: ConsoleFleet, f
     def beat() -> None:
         for host in hosts:
             with contextlib.suppress(BusError):
-                fleet.beat(host)
+                fleet.beat(host, small=rng.random() < 0.5)
 
     viewers = [threading.Thread(target=look) for _ in range(3)]
     for viewer in viewers:
@@ -117,7 +154,7 @@ def test_restarts_in_any_order_never_show_another_desktop(fleet: ConsoleFleet, f
                 for sid in rng.sample(sids, 5):
                     old, _ = where[sid]
                     place(sid)
-                    if where[sid][0] is not old and rng.random() < 0.5:
+                    if rng.random() < 0.5:
                         old.hide(sid)
             elif step.startswith("proxy"):
                 proxy = proxies[int(step[-1])]
@@ -138,6 +175,6 @@ def test_restarts_in_any_order_never_show_another_desktop(fleet: ConsoleFleet, f
     assert wrong == []
     for sid in sids:
         for proxy in proxies:
-            until(lambda sid=sid, proxy=proxy: beat() or proxy.knows(sid, where[sid][1]), sid)  # type: ignore[misc]
+            until(lambda sid=sid, proxy=proxy: beat() or proxy.knows(sid, where[sid][1], where[sid][0].name), sid)  # type: ignore[misc]
     for host in hosts:
         host.stop()

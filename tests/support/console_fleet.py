@@ -30,7 +30,7 @@ from deskfleet.runtime.amqp import AmqpBus
 from deskfleet.runtime.bus import Outgoing
 from deskfleet.runtime.service import SystemClock
 from deskfleet.schemas import topology
-from deskfleet.schemas.host import Phase
+from deskfleet.schemas.host import Phase, beat_of
 from deskfleet.schemas.messages import Message, SessionChanged, encode
 from deskfleet.schemas.session import Outcome, State
 from deskfleet.schemas.tickets import Tickets
@@ -93,7 +93,7 @@ class Display(socketserver.ThreadingUnixStreamServer):
         self.folder = folder / sid
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hello = hello(sid, generation)
-        self.heard = 0
+        self.heard = self.visitors = 0
         (self.folder / "vnc.sock").unlink(missing_ok=True)
         super().__init__(str(self.folder / "vnc.sock"), _Echo)
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -113,6 +113,7 @@ class _Echo(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         # Like qemu it reads whatever its own sending does: websockify's sends block, and both would wait for ever.
         parts: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self.server.visitors += 1
         parts.put(self.server.hello)
         threading.Thread(target=self._send, args=(parts,), daemon=True).start()
         while data := self.request.recv(1 << 18):
@@ -163,9 +164,10 @@ class ConsoleHost:
         self.displays.pop(sid).close()
         del self.guests[sid]
 
-    def beat(self) -> Message:
+    def beat(self, small: bool = False) -> Message:
         self.seq += 1
-        return report(self.name, self.guests, self.seq, self.life, self.address, self.highest)
+        told = report(self.name, self.guests, self.seq, self.life, self.address, self.highest)
+        return beat_of(told) if small else told
 
     def stop(self) -> None:
         if self.process:
@@ -202,8 +204,8 @@ class ConsoleFleet:
         kind, body = encode(message)
         self.bus(login).publish(Outgoing(topology.EVENTS, key, kind, body, mandatory=False)).result(PATIENCE)
 
-    def beat(self, host: ConsoleHost) -> None:
-        self.send(f"agent-{host.name}", topology.heartbeat_key(host.name), host.beat())
+    def beat(self, host: ConsoleHost, small: bool = False) -> None:
+        self.send(f"agent-{host.name}", topology.heartbeat_key(host.name), host.beat(small))
 
     def announce(self, sid: str, state: State, host: str = "h1", generation: int = 7) -> None:
         outcome = Outcome.STOPPED if state in (State.STOPPING, State.ENDED) else None
@@ -276,24 +278,28 @@ class Proxy:
         host = f"[{self.address}]" if ":" in self.address else self.address
         return f"ws://{host}:{self.port}/console?ticket={text}"
 
-    def connect(self, sid: str, generation: int = 7, text: str = "", **options: Any) -> ws.ClientConnection:
+    def connect(
+        self, sid: str, generation: int = 7, text: str = "", host: str = "h1", **options: Any
+    ) -> ws.ClientConnection:
         """A browser that has just fetched a ticket; raises InvalidStatus when it is refused."""
-        signed = text or Tickets([KEY]).sign(ticket(sid, generation))
+        signed = text or Tickets([KEY]).sign(ticket(sid, generation, host))
         settings = {"origin": ORIGIN, "subprotocols": ["binary"], "max_size": None, "open_timeout": PATIENCE}
         return ws.connect(self.url(signed), proxy=None, ping_interval=None, **{**settings, **options})
 
-    def refusal(self, sid: str, generation: int = 7, text: str = "", **options: Any) -> tuple[int, str]:
+    def refusal(
+        self, sid: str, generation: int = 7, text: str = "", host: str = "h1", **options: Any
+    ) -> tuple[int, str]:
         try:
-            with self.connect(sid, generation, text, **options):
+            with self.connect(sid, generation, text, host, **options):
                 pass
         except InvalidStatus as error:
             return error.response.status_code, json.loads(error.response.body)["reason"]
         raise AssertionError("it was let in")
 
-    def knows(self, sid: str, generation: int = 7) -> bool:
+    def knows(self, sid: str, generation: int = 7, host: str = "h1") -> bool:
         """Whether the display of a session can be reached and is its own."""
         try:
-            with self.connect(sid, generation) as console:
+            with self.connect(sid, generation, host=host) as console:
                 return bool(console.recv(PATIENCE) == hello(sid, generation))
         except InvalidStatus:
             return False

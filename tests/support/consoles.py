@@ -6,10 +6,10 @@ import base64
 import os
 import secrets
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deskfleet.schemas.host import GuestReport, HostReport, Phase
+from deskfleet.schemas.host import GuestReport, HostReport, Phase, inventory_digest
 from deskfleet.schemas.tickets import Mode, Ticket
 
 ORIGIN = "https://portal.example"
@@ -17,8 +17,8 @@ KEYS = ("k" * 40,)
 WS_KEY = base64.b64encode(b"0123456789abcdef").decode()
 
 
-def ticket(sid: str = "a" * 32, generation: int = 7, nonce: str = "") -> Ticket:
-    return Ticket(sid, "ana@example.org", generation, Mode.FULL, nonce or secrets.token_hex(16))
+def ticket(sid: str = "a" * 32, generation: int = 7, host: str = "h1", nonce: str = "") -> Ticket:
+    return Ticket(sid, "ana@example.org", host, generation, Mode.FULL, nonce or secrets.token_hex(16))
 
 
 def head(
@@ -56,7 +56,7 @@ def report(
 ) -> HostReport:
     listed = tuple(GuestReport(sid, number, phase, True) for sid, (number, phase) in (guests or {}).items())
     highest = max([last_generation, *(guest.generation for guest in listed)])
-    return HostReport(
+    made = HostReport(
         host=host,
         incarnation=incarnation,
         seq=seq,
@@ -73,6 +73,7 @@ def report(
         disk_free_mib=5_000,
         guests=listed,
     )
+    return replace(made, digest=inventory_digest(made))
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ class Stage:
         return int(top.split()[1]), document["reason"]
 
 
-def request(sid: str = S, generation: int = 7, **changes: str) -> bytes:
-    return head(f"/console?ticket={Tickets(KEYS).sign(ticket(sid, generation))}", **changes)
+def request(sid: str = S, generation: int = 7, host: str = "h1", **changes: str) -> bytes:
+    return head(f"/console?ticket={Tickets(KEYS).sign(ticket(sid, generation, host))}", **changes)
 
 
 @contextlib.asynccontextmanager

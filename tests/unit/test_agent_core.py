@@ -273,6 +273,23 @@ def test_a_lifetime_goes_on_counting_over_a_restart(bench: Bench) -> None:
     assert ("shutdown", SID) in bench.hypervisor.calls
 
 
+def test_a_guest_tells_how_much_of_its_lifetime_is_left_while_it_runs(bench: Bench) -> None:
+    bench.agent.start(start(lifetime_s=100))
+    assert bench.reports[-1].left_s is None
+    bench.now += 50
+    bench.agent.ready(SID)
+    assert bench.reports[-1].left_s == 100
+    bench.now += 30
+    assert [guest.left_s for guest in bench.agent.guests()] == [70]
+    bench.hypervisor.runs.add(SID)
+    bench.restart()
+    assert [guest.left_s for guest in bench.agent.guests()] == [70]
+    bench.now += 80
+    assert [guest.left_s for guest in bench.agent.guests()] == [0]
+    bench.agent.tick()
+    assert bench.reports[-1].left_s is None
+
+
 def test_c42_single_shot_ends_only_when_the_last_viewer_stays_away_for_the_grace(bench: Bench) -> None:
     bench.run(grace_s=60, connect_s=600)
     bench.agent.viewers(SID, 1)

@@ -53,13 +53,14 @@ def test_what_is_wrong_with_the_request_never_reaches_the_host() -> None:
                 (head("/"), (404, "no_such_path")),
                 (request(origin="https://evil.example"), (403, "bad_origin")),
                 (head(), (403, "bad_ticket")),
-                (request("c" * 32), (404, "unknown_session")),
+                (request("c" * 32), (409, "session_ended")),
+                (request(host="h9"), (502, "host_silent")),
                 (request(generation=6), (409, "session_moved")),
                 (good[:-4] + b"\r\nX: " + b"x" * 3 * MAX_HEAD + b"\r\n\r\n", (431, "head_too_large")),
             ):
                 assert await on.refused(data) == expected
             assert on.host.heads == []
-            assert on.stats.refused.total() == 12
+            assert on.stats.refused.total() == 13
 
     play(act)
 

@@ -22,7 +22,7 @@ from deskfleet.runtime.bus import Outgoing
 from deskfleet.runtime.memory_bus import MemoryBroker, MemoryBus
 from deskfleet.runtime.settings import SettingsError, load
 from deskfleet.schemas import topology
-from deskfleet.schemas.host import Phase
+from deskfleet.schemas.host import HostReport, Phase, beat_of
 from deskfleet.schemas.messages import Message, SessionChanged, StopRequested, encode
 from deskfleet.schemas.session import State
 
@@ -81,7 +81,7 @@ class Stage:
 
     def knows(self, generation: int = 7) -> bool:
         try:
-            return bool(self.routes.find(S, generation, self.clock.now))
+            return bool(self.routes.find(S, generation, "h1", self.clock.now))
         except Refusal:
             return False
 
@@ -107,6 +107,18 @@ def test_heartbeats_make_routes_and_announcements_cut(on: Stage) -> None:
     on.send("scheduler", f"session.{S}", changed(State.STOPPING))
     assert on.server.told == [(S, None)]
     assert not on.knows()
+
+
+def test_a_restarted_proxy_opens_desktops_after_one_small_heartbeat(on: Stage) -> None:
+    assert not on.knows()
+    told = beat(seq=40)
+    assert isinstance(told, HostReport)
+    on.send("agent-h1", "host.h1.heartbeat", beat_of(told))
+    assert on.knows()
+    on.send("agent-h1", "host.h1.heartbeat", beat(seq=39, phase=Phase.STOPPING))
+    assert on.server.told == [], "an older one, which came late"
+    on.send("agent-h2", "host.h1.heartbeat", beat_of(told))
+    assert on.stats.dropped == {"wrong_sender": 1}
 
 
 def test_a_heartbeat_cuts_on_its_own_host_only(on: Stage) -> None:
@@ -178,7 +190,7 @@ def test_readiness_waits_for_a_whole_heartbeat_interval_from_the_connection() ->
 
 def test_a_restarted_proxy_says_later_instead_of_unknown(on: Stage) -> None:
     with pytest.raises(Refusal) as caught:
-        on.routes.find(S, 7, 1.0)
+        on.routes.find(S, 7, "h1", 1.0)
     assert caught.value.reason is Refused.NOT_READY
 
 
