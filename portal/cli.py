@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from deskfleet.portal import cli_local, cli_remote
+from deskfleet.portal import cli_fleet, cli_local, cli_remote
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,5 +19,5 @@ def main() -> None:
     """
 
 
-for _command in (*cli_remote.COMMANDS, *cli_local.COMMANDS):
+for _command in (*cli_remote.COMMANDS, *cli_fleet.COMMANDS, *cli_local.COMMANDS):
     main.add_command(_command)

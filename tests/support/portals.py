@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flask import Flask
+from flask.testing import FlaskClient
 from support.bus_harness import TickingClock
+from werkzeug.test import TestResponse
 
 from deskfleet.ledger.engine import migrate, open_engine
 from deskfleet.ledger.reader import Reader
 from deskfleet.ledger.writer import Writer
+from deskfleet.portal.auth import Identity
 from deskfleet.portal.services import Services, build
 from deskfleet.portal.settings import PortalSchema, PortalSettings
 from deskfleet.portal.store import Store
@@ -258,3 +264,41 @@ class World:
 
 def _parts(pending: Any) -> tuple[str, bytes]:
     return pending.type, pending.body
+
+
+class Browser:
+    """A person with a browser: keeps cookies, fills in the CSRF token as the pages do."""
+
+    def __init__(self, app: Flask, base: str = "http://127.0.0.1:8080") -> None:
+        self.client: FlaskClient = app.test_client()
+        self.client.open = partial(self.client.open, base_url=base)  # type: ignore[method-assign]
+
+    def get(self, path: str, **options: Any) -> TestResponse:
+        return self.client.get(path, buffered=True, **options)
+
+    def csrf(self, path: str = "/login") -> str:
+        found = re.search(r'name="csrf_token" value="([^"]+)"', self.get(path).text)
+        found = found or re.search(r'name="csrf-token" content="([^"]+)"', self.get("/desktops").text)
+        return found[1] if found else ""
+
+    def post(self, path: str, data: Any = None, token: str | None = None, **options: Any) -> TestResponse:
+        sent = self.csrf() if token is None else token
+        if "json" not in options:
+            options["data"] = {**(data or {}), "csrf_token": sent}
+        else:
+            options["headers"] = {"X-CSRFToken": sent, **options.get("headers", {})}
+        return self.client.post(path, **options)
+
+    def log_in(self, user: str, password: str = PASSWORD) -> TestResponse:
+        return self.post("/login", {"user": user, "password": password})
+
+
+def signed_in(app: Flask, user: str) -> Browser:
+    browser = Browser(app)
+    assert browser.log_in(user).status_code == 303
+    return browser
+
+
+def bearer(world: World, user: str) -> dict[str, str]:
+    secret, _ = world.portal.logins.make_token(Identity(user, "local"), "test", 3600)
+    return {"Authorization": f"Bearer {secret}"}

@@ -15,6 +15,8 @@ from support.bus_harness import MemoryHarness
 from werkzeug.serving import make_server
 
 from deskfleet.ledger.engine import check_revision, open_engine
+from deskfleet.ledger.reader import Wait
+from deskfleet.ledger.writer import Writer
 from deskfleet.portal import api
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.cli import main
@@ -25,6 +27,11 @@ from deskfleet.portal.web import check_access
 from deskfleet.runtime.service import SystemClock
 from deskfleet.runtime.settings import load
 from deskfleet.schemas.config import SECTIONS
+from deskfleet.schemas.errors import Reason
+from deskfleet.schemas.messages import DrainRequested, HostDeclaredDead, LaunchRequested, decode
+from deskfleet.schemas.session import Event, Outcome, Resources, Session, advance
+from deskfleet.schemas.topology import SCHEDULER_COMMANDS, core
+from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 
 TINY = """
 title = "Tiny"
@@ -89,16 +96,21 @@ def run(config: Path) -> Run:
 
 
 @pytest.fixture
-def parts(config: Path, run: Run) -> Iterator[Services]:
+def harness() -> Iterator[MemoryHarness]:
+    harness = MemoryHarness()
+    yield harness
+    harness.close()
+
+
+@pytest.fixture
+def parts(config: Path, run: Run, harness: MemoryHarness) -> Iterator[Services]:
     assert run("migrate").exit_code == 0
     for name, rights in (("ann", []), ("bob", []), ("root", ["--admin"])):
         assert run("user", "add", name, *rights, stdin="long enough\n").exit_code == 0
     settings = load(config, {"portal": PortalSchema()}, {}, SECTIONS)["portal"]
     ledger = open_engine(f"sqlite:///{config.parent}/ledger.db", read_only=True)
-    harness = MemoryHarness()
     made = build(settings, ledger, config.parent / "catalogue", harness.bus(), SystemClock(), lambda _: None, "p1")
     yield made
-    harness.close()
     made.store.close()
     ledger.dispose()
 
@@ -130,8 +142,9 @@ def token(parts: Services, user: str) -> str:
     return parts.logins.make_token(Identity(user, "local"), "test", 3600)[0]
 
 
-def remote(url: str, secret: str, *arguments: str) -> Result:
-    return CliRunner().invoke(main, list(arguments), env={"DESKFLEET_URL": url, "DESKFLEET_TOKEN": secret})
+def remote(url: str, secret: str, *arguments: str, stdin: str = "") -> Result:
+    environ = {"DESKFLEET_URL": url, "DESKFLEET_TOKEN": secret}
+    return CliRunner().invoke(main, list(arguments), env=environ, input=stdin)
 
 
 # --- on this machine ----------------------------------------------------------------------------------------
@@ -290,7 +303,16 @@ def test_a_size_outside_the_range_is_refused_in_words(portal: str, parts: Servic
         assert words in done.stderr
 
 
-@pytest.mark.parametrize("command", [["hosts"], ["queues"], ["drain", "h1"], ["undrain", "h1"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["hosts"],
+        ["queues"],
+        ["host", "drain", "h1"],
+        ["host", "undrain", "h1"],
+        ["host", "declare-dead", "h1", "--yes"],
+    ],
+)
 def test_the_fleet_is_for_administrators(portal: str, parts: Services, command: list[str]) -> None:
     done = remote(portal, token(parts, "ann"), *command)
     assert done.exit_code == 1
@@ -301,9 +323,100 @@ def test_an_administrator_sees_the_fleet(portal: str, parts: Services) -> None:
     root = token(parts, "root")
     assert remote(portal, root, "hosts").stdout.startswith("HOST")
     assert "scheduler.commands" in remote(portal, root, "queues").stdout
-    done = remote(portal, root, "drain", "h1")
+    done = remote(portal, root, "host", "drain", "h1")
     assert done.exit_code == 1
     assert "no_such_host" in done.stderr
+
+
+def ledger(config: Path) -> Writer:
+    return Writer(open_engine(f"sqlite:///{config.parent}/ledger.db"))
+
+
+def test_a_host_is_drained_and_declared_dead(
+    portal: str, parts: Services, config: Path, harness: MemoryHarness
+) -> None:
+    harness.broker.declare(core())
+    with ledger(config).begin() as tx:
+        tx.add_host("h1")
+    root = token(parts, "root")
+    done = remote(portal, root, "host", "drain", "h1", "--message", "New disks on Friday")
+    assert done.exit_code == 0, done.stderr
+    assert remote(portal, root, "host", "undrain", "h1").exit_code == 0
+    for typed in ("", "h2\n", "yes\n"):
+        done = remote(portal, root, "host", "declare-dead", "h1", stdin=typed)
+        assert done.exit_code == 1 and done.stdout == ""
+    assert remote(portal, root, "host", "declare-dead", "h1", stdin="h1\n").exit_code == 0
+    assert remote(portal, root, "host", "declare-dead", "h1", "--yes").exit_code == 0
+    assert [decode(message.type, message.body) for message in harness.broker.pending(SCHEDULER_COMMANDS)] == [
+        DrainRequested("h1", True, "root", "New disks on Friday"),
+        DrainRequested("h1", False, "root"),
+        HostDeclaredDead("h1", "root"),
+        HostDeclaredDead("h1", "root"),
+    ]
+    with ledger(config).begin() as tx:
+        tx.set_dead("h1", True)
+    assert remote(portal, root, "hosts").stdout.splitlines()[1].split()[:2] == ["h1", "dead"]
+
+
+def test_the_help_says_when_to_declare_a_host_dead() -> None:
+    said = " ".join(CliRunner().invoke(main, ["host", "declare-dead", "--help"]).stdout.split())
+    assert "Only when you are sure that the machine is off, or cut" in said and "its sessions are given up" in said
+
+
+def test_why_tells_place_estimate_and_the_reason_of_each_host(portal: str, parts: Services, config: Path) -> None:
+    ann = token(parts, "ann")
+    session = Session("a" * 32, "ann", "tiny", Resources(1, 128, 1), False, 3600)
+    verdicts = (
+        Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free"),
+        Verdict("", Reason.USER_CAP, "2 of 2 desktops in use"),
+    )
+    with ledger(config).begin() as tx:
+        tx.add(session)
+        tx.explain([(session.sid, Wait(3, 700.0, verdicts), 5.0)])
+    lines = remote(portal, ann, "why", session.sid).stdout.splitlines()
+    assert lines[:3] == [
+        "It waits for a place on a host.",
+        "place in the queue: 3",
+        "estimate: starts at the latest in about 12 min",
+    ]
+    rows = [line.split(None, 2) for line in lines[5:]]
+    assert rows == [["h1", "memory_short", "h1: 2.1 of 4 GiB free"], ["-", "user_cap", "2 of 2 desktops in use"]]
+    with ledger(config).begin() as tx:
+        tx.explain([(session.sid, Wait(1, None, ()), 5.0)])
+    assert "estimate: unknown" in remote(portal, ann, "why", session.sid).stdout
+    ended = advance(session, Event.GIVE_UP, outcome=Outcome.NO_CAPACITY, reason=Reason.WAITED_TOO_LONG)
+    with ledger(config).begin() as tx:
+        tx.save(session, ended, Event.GIVE_UP)
+    said = remote(portal, ann, "why", session.sid).stdout
+    assert "Found no room." in said and "reason: waited_too_long" in said and "place" not in said.splitlines()[-1]
+    assert json.loads(remote(portal, ann, "why", session.sid, "--json").stdout)["state"] == "ended"
+    assert "no_such_desktop" in remote(portal, token(parts, "bob"), "why", session.sid).stderr
+
+
+@pytest.mark.parametrize(
+    ("forecast", "status", "says"),
+    [
+        (Forecast(Outlook.NOW, "h1", why="most room"), 0, "Starts now on h1"),
+        (Forecast(Outlook.WAITS, place=2, verdicts=(Verdict("h1", Reason.CPUS_SHORT),)), 0, "h1    cpus_short"),
+        (Forecast(Outlook.NEVER, largest=Resources(8, 16384, 9)), 1, "the largest is 8 CPUs, 16 GiB"),
+        (None, 1, "can't be told right now"),
+    ],
+)
+def test_a_dry_run_starts_nothing(
+    portal: str, parts: Services, monkeypatch: pytest.MonkeyPatch, forecast: Forecast | None, status: int, says: str
+) -> None:
+    asked: list[LaunchRequested] = []
+    monkeypatch.setattr(parts.forecasts, "ask", lambda request: (asked.append(request), forecast)[1])
+    ann = token(parts, "ann")
+    done = remote(portal, ann, "place", "--dry-run", "tiny", "--cpus", "2", "--lifetime", "1h")
+    assert (done.exit_code, says in done.stdout) == (status, True), done.output
+    assert (asked[0].resources.cpus, asked[0].lifetime_s, asked[0].user) == (2, 3600, "ann")
+    assert len(remote(portal, ann, "list").stdout.splitlines()) == 1
+
+
+def test_place_without_dry_run_points_to_launch(portal: str, parts: Services) -> None:
+    done = remote(portal, token(parts, "ann"), "place", "tiny")
+    assert done.exit_code == 2 and "deskfleet launch" in done.stderr
 
 
 def test_a_token_makes_no_tokens(portal: str, parts: Services) -> None:

@@ -6,20 +6,16 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
-from flask.testing import FlaskClient
-from support.portals import PASSWORD, World
-from werkzeug.test import TestResponse
+from support.portals import PASSWORD, Browser, World, bearer, signed_in
 
 from deskfleet.ledger.reader import Wait
 from deskfleet.portal.app import create_app
 from deskfleet.portal.audit import Entry
-from deskfleet.portal.auth import Identity
 from deskfleet.portal.web import access
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu
@@ -71,33 +67,6 @@ ACCESS = {
 }
 
 
-class Browser:
-    """A person with a browser: keeps cookies, fills in the CSRF token as the pages do."""
-
-    def __init__(self, app: Flask, base: str = "http://127.0.0.1:8080") -> None:
-        self.client: FlaskClient = app.test_client()
-        self.client.open = partial(self.client.open, base_url=base)  # type: ignore[method-assign]
-
-    def get(self, path: str, **options: Any) -> TestResponse:
-        return self.client.get(path, buffered=True, **options)
-
-    def csrf(self, path: str = "/login") -> str:
-        found = re.search(r'name="csrf_token" value="([^"]+)"', self.get(path).text)
-        found = found or re.search(r'name="csrf-token" content="([^"]+)"', self.get("/desktops").text)
-        return found[1] if found else ""
-
-    def post(self, path: str, data: Any = None, token: str | None = None, **options: Any) -> TestResponse:
-        sent = self.csrf() if token is None else token
-        if "json" not in options:
-            options["data"] = {**(data or {}), "csrf_token": sent}
-        else:
-            options["headers"] = {"X-CSRFToken": sent, **options.get("headers", {})}
-        return self.client.post(path, **options)
-
-    def log_in(self, user: str, password: str = PASSWORD) -> TestResponse:
-        return self.post("/login", {"user": user, "password": password})
-
-
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path)
@@ -117,17 +86,6 @@ def app(world: World) -> Flask:
 @pytest.fixture
 def alice(app: Flask) -> Browser:
     return signed_in(app, "alice")
-
-
-def signed_in(app: Flask, user: str) -> Browser:
-    browser = Browser(app)
-    assert browser.log_in(user).status_code == 303
-    return browser
-
-
-def bearer(world: World, user: str) -> dict[str, str]:
-    secret, _ = world.portal.logins.make_token(Identity(user, "local"), "test", 3600)
-    return {"Authorization": f"Bearer {secret}"}
 
 
 def audit(world: World, action: str) -> list[Entry]:

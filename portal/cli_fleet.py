@@ -1,0 +1,95 @@
+"""The commands about hosts and queues, for administrators, over a portal's HTTP API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from deskfleet.portal import words
+from deskfleet.portal.cli_common import Refusal, printable, table
+from deskfleet.portal.cli_portal import Portal, part, remote, show
+
+
+@click.command()
+@remote
+def hosts(portal: Portal, as_json: bool) -> None:
+    """The hosts. For administrators."""
+    content = portal.call("GET", "/hosts")
+    show(
+        as_json,
+        content,
+        lambda: table(
+            ("HOST", "STATE", "HEARD", "GUESTS", "CPUS", "LOAD", "FREE MIB", "PROBLEMS"), [_host(h) for h in content]
+        ),
+    )
+
+
+def _host(host: dict[str, Any]) -> tuple[object, ...]:
+    report = host["report"]
+    state = "dead" if host["dead"] else "draining" if host["draining"] else "ready" if report else "silent"
+    heard = "never" if host["seen_s"] is None else f"{words.duration(host['seen_s'])} ago"
+    if report is None:
+        return host["name"], state, heard, "", "", "", "", host["message"]
+    problems = "; ".join([host["message"], *report["problems"]] if host["message"] else report["problems"])
+    free = report["memory_free_mib"]
+    return host["name"], state, heard, host["guests"], report["cpus"], f"{report['load1']:.1f}", free, problems
+
+
+@click.command()
+@remote
+def queues(portal: Portal, as_json: bool) -> None:
+    """The queues of the broker. For administrators."""
+    content = portal.call("GET", "/queues")
+    rows = [
+        (q["name"], q["messages"], q["consumers"], "LOOK" if q["alarm"] else "", q["problem"] or q["purpose"])
+        for q in content
+    ]
+    show(as_json, content, lambda: table(("QUEUE", "MESSAGES", "CONSUMERS", "ALARM", "WHAT"), rows))
+
+
+@click.group()
+def host() -> None:
+    """Take a host out of use, or back. For administrators."""
+
+
+def _change(portal: Portal, as_json: bool, name: str, verb: str, body: dict[str, Any], sentence: str) -> None:
+    portal.call("POST", f"/hosts/{part(name)}/{verb}", body)
+    show(as_json, {"host": name, "asked": verb}, lambda: printable(f"{name}: {sentence}"))
+
+
+@host.command()
+@click.argument("name")
+@click.option("--message", default="", help="What the people on it are told; at most 400 characters.")
+@remote
+def drain(portal: Portal, as_json: bool, name: str, message: str) -> None:
+    """Place nothing more on a host; what runs there goes on."""
+    _change(portal, as_json, name, "drain", {"text": message}, "gets no new desktops; what runs there goes on.")
+
+
+@host.command()
+@click.argument("name")
+@remote
+def undrain(portal: Portal, as_json: bool, name: str) -> None:
+    """Place desktops on a host again."""
+    _change(portal, as_json, name, "undrain", {}, "gets new desktops again.")
+
+
+@host.command("declare-dead")
+@click.argument("name")
+@click.option("--yes", is_flag=True, help="Do not ask for the name again.")
+@remote
+def declare_dead(portal: Portal, as_json: bool, name: str, yes: bool) -> None:
+    """Give up a host and every desktop on it.
+
+    Only when you are sure that the machine is off, or cut from the network: its sessions are given up, and their
+    people may start new ones. A host that comes back stops what was given up.
+    """
+    if not yes:
+        typed = click.prompt(f"Everything on {printable(name)} is given up. Type the host's name to confirm", err=True)
+        if typed != name:
+            raise Refusal("That is not the host's name; nothing was done.")
+    _change(portal, as_json, name, "declare-dead", {}, "is declared dead; its desktops are given up.")
+
+
+COMMANDS: tuple[click.Command, ...] = (hosts, queues, host)
