@@ -85,7 +85,7 @@ def launch(wish: Wish, sid: str, via: str) -> tuple[LaunchRequested, bool]:
     # When nobody can tell, the launch is stored all the same: the scheduler judges it when it comes.
     forecast = _ask(message)
     if forecast and forecast.outlook is Outlook.NEVER:
-        raise Problem(Refused.NEVER_FITS, words.never(forecast), [forecast.why] if forecast.why else [])
+        raise Problem(Refused.NEVER_FITS, words.never(forecast))
     new = parts.outbox.launch(message)
     if new:
         parts.counts.launches.labels(via).inc()

@@ -17,7 +17,6 @@ from deskfleet.portal.web import own_desktop, person, public, someone
 from deskfleet.schemas.machine import GpuPolicy, Machine
 from deskfleet.schemas.session import State
 from deskfleet.schemas.tickets import SID
-from deskfleet.schemas.verdict import Outlook
 
 pages = Blueprint("pages", __name__)
 
@@ -157,12 +156,11 @@ def outlook(name: str) -> Page:
         if problem.reason not in (Refused.BAD_FIELDS, Refused.BAD_RESOURCES):
             raise
         return render_template("_outlook.html", tone="never", text=problem.message, reasons=problem.details)
-    reasons = [forecast.why, *(verdict.sentence for verdict in forecast.verdicts)] if forecast else []
     return render_template(
         "_outlook.html",
         tone=forecast.outlook.value if forecast else "unknown",
         text=words.forecast(forecast),
-        reasons=[] if forecast and forecast.outlook is Outlook.NOW else [line for line in reasons if line],
+        reasons=[verdict.sentence for verdict in forecast.verdicts] if forecast else [],
     )
 
 

@@ -74,8 +74,9 @@ def forecast(found: Forecast | None) -> str:
     if found.outlook is Outlook.NOW:
         return "Starts now"
     if found.outlook is Outlook.NEVER:
-        largest = f"the largest is {size(found.largest, ', ')}" if found.largest else ""
-        return f"Never fits: {largest or 'no host could give any size of it'}"
+        return (
+            f"Never fits: the largest is {size(found.largest, ', ')}" if found.largest else f"Never fits. {_why(found)}"
+        )
     place = f"{ordinal(found.place)} in the queue" if found.place else ""
     if found.estimate_s is None:
         return "Waits; nobody can tell how long" + (f" ({place})" if place else "")
@@ -84,9 +85,11 @@ def forecast(found: Forecast | None) -> str:
 
 def never(found: Forecast) -> str:
     """Why a launch is refused that would never fit, with the largest size that would."""
-    if found.largest is None:
-        return "No host could ever start this machine, in no size. Ask an administrator."
-    return f"{SENTENCES[Reason.NEVER_FITS]} The largest that fits is {size(found.largest, ', ')}."
+    return _why(found) + (f" The largest that fits is {size(found.largest, ', ')}." if found.largest else "")
+
+
+def _why(found: Forecast) -> str:
+    return found.why or SENTENCES[Reason.NEVER_FITS]
 
 
 def ago(then: float, now: float) -> str:

@@ -23,7 +23,7 @@ MINE = "a" * 32
 SHORT = Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free")
 CAP = Verdict("", Reason.USER_CAP, "2 of 2 desktops in use")
 LARGEST = Resources(8, 16384, 100)
-NEVER = Forecast(Outlook.NEVER, why="No host has 32 CPUs.", largest=LARGEST, verdicts=(SHORT,))
+NEVER = Forecast(Outlook.NEVER, why="No host has 32 CPUs.", largest=LARGEST)
 WAITS = Forecast(Outlook.WAITS, place=3, estimate_s=700.0, verdicts=(SHORT, CAP))
 UNTOLD = "Whether it starts at once can&#39;t be told right now."
 
@@ -65,7 +65,8 @@ def impatient(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         (WAITS, "waits", "Waits: about 12 min, 3rd in the queue"),
         (Forecast(Outlook.WAITS, place=1), "waits", "Waits; nobody can tell how long (1st in the queue)"),
         (NEVER, "never", "Never fits: the largest is 8 CPUs, 16 GiB memory, 100 GiB disk"),
-        (Forecast(Outlook.NEVER), "never", "Never fits: no host could give any size of it"),
+        (Forecast(Outlook.NEVER), "never", "Never fits. No host could ever give this size. Choose a smaller one."),
+        (Forecast(Outlook.NEVER, why="One may have 4."), "never", "Never fits. One may have 4."),
     ],
 )
 def test_what_a_launch_can_expect_is_told_beside_the_form(
@@ -116,8 +117,8 @@ def test_what_never_fits_is_refused_at_once_with_the_largest_size(world: World, 
     answer = start(alice, cpus="8")
     assert answer.status_code == 422  # type: ignore[attr-defined]
     page = answer.text  # type: ignore[attr-defined]
-    assert 'data-reason="never_fits"' in page and "The largest that fits is 8 CPUs, 16 GiB memory" in page
-    assert "No host has 32 CPUs." in page
+    assert 'data-reason="never_fits"' in page
+    assert "No host has 32 CPUs. The largest that fits is 8 CPUs, 16 GiB memory, 100 GiB disk." in page
     refused = app.test_client().post("/api/v1/sessions", json={"machine": "desktop"}, headers=bearer(world, "alice"))
     assert (refused.status_code, refused.json["reason"]) == (422, "never_fits")  # type: ignore[index]
     assert world.sent() == [] and world.portal.outbox.waiting() == 0
