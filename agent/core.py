@@ -144,8 +144,9 @@ class Agent:
     # --- commands -------------------------------------------------------------------------------------------
 
     def fence(self, fence: HostFence) -> None:
-        """Learn where the numbers are. Only an agent without a journal needs it; others ignore it."""
-        if not self.fenced:
+        """Learn where the numbers are: nothing starts any more under this one or a lower one. An agent that lost its
+        journal waits for it; one whose host was declared dead is told which commands are void."""
+        if not self.fenced and fence.generation <= self.last_generation:
             return
         generation = max(fence.generation, self.last_generation)
         try:

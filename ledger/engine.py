@@ -19,6 +19,12 @@ from deskfleet.schemas.errors import DeskfleetError
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
 
+#: A writer that stops within a transaction (it was paused, say) must not hold its locks for ever: PostgreSQL ends it.
+_IDLE_MS = 2_500
+#: A server that answers nothing for so long is gone (libpq's tcp_user_timeout).
+_DEAD_MS = 2_000
+
+
 class LedgerError(DeskfleetError):
     """Raised when the ledger can't be opened, or is of another revision than this version needs."""
 
@@ -33,10 +39,11 @@ def open_engine(url: str, *, read_only: bool = False) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return _open_sqlite(parsed.database or "", read_only)
-    options = "-c default_transaction_read_only=on" if read_only else ""
-    return create_engine(
-        parsed, pool_pre_ping=True, connect_args={"options": options, "connect_timeout": 5}, pool_size=4
+    options = (
+        "-c default_transaction_read_only=on" if read_only else f"-c idle_in_transaction_session_timeout={_IDLE_MS}"
     )
+    arguments = {"options": options, "connect_timeout": 3, "tcp_user_timeout": _DEAD_MS, "keepalives_idle": 2}
+    return create_engine(parsed, pool_pre_ping=True, connect_args=arguments, pool_size=4)
 
 
 def _open_sqlite(path: str, read_only: bool) -> Engine:

@@ -16,6 +16,7 @@ from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.exc import IntegrityError
 
 from deskfleet.ledger import tables
+from deskfleet.ledger.lease import Lease
 from deskfleet.ledger.reader import Wait, all_hosts, live_sessions
 from deskfleet.ledger.rows import figures_text, session_values, to_session, verdicts_text
 from deskfleet.schemas.errors import DeskfleetError, Reason
@@ -218,13 +219,20 @@ class Transaction:
 
 
 class Writer:
-    """The one writer of the ledger."""
+    """The one writer of the ledger. With a `lease`, each transaction begins by proving it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, lease: Lease | None = None) -> None:
         self._engine = engine
+        self._lease = lease
 
     @contextmanager
     def begin(self) -> Iterator[Transaction]:
-        """A transaction: committed when the block ends, rolled back when it raises."""
+        """A transaction: committed when the block ends, rolled back when it raises.
+
+        Raises:
+            Demoted: somebody else leads.
+        """
         with self._engine.begin() as connection:
+            if self._lease:
+                self._lease.prove(connection)
             yield Transaction(connection)

@@ -6,27 +6,36 @@ import argparse
 import logging
 import os
 import random
+import socket
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from deskfleet.ledger.engine import LedgerError, check_revision, migrate, open_engine
+from deskfleet.ledger.lease import Lease
 from deskfleet.ledger.writer import Writer
 from deskfleet.runtime import log as logs
 from deskfleet.runtime.amqp import AmqpBus
 from deskfleet.runtime.amqp_wire import BadBrokerUrl
 from deskfleet.runtime.metrics import Health, Metrics, serve
-from deskfleet.runtime.service import MainLoop, SystemClock, notify_systemd, stop_on_signals
+from deskfleet.runtime.secret import Secret
+from deskfleet.runtime.service import Clock, MainLoop, SystemClock, notify_systemd, stop_on_signals
 from deskfleet.runtime.settings import SettingsError, load
 from deskfleet.scheduler.core import Scheduler
+from deskfleet.scheduler.decisions import Settings
+from deskfleet.scheduler.figures import Figures
+from deskfleet.scheduler.leadership import Leadership
 from deskfleet.scheduler.settings import SchedulerSchema
 from deskfleet.schemas import topology
 from deskfleet.schemas.catalogue import Catalogue
 from deskfleet.schemas.config import SECTIONS, LedgerSchema, MachinesSchema, address
-from deskfleet.schemas.session import State
 
 log = logging.getLogger("deskfleet.scheduler")
+
+_LOOK_S = 0.25
+#: The broker notices within two to three of these that a leader hangs, and lets the next one in.
+_HEARTBEAT_S = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,58 +58,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_revision(engine)
         clock = SystemClock()
         loop = MainLoop(clock)
-        bus = AmqpBus(
-            settings["scheduler"]["broker_url"].reveal().split(),
-            name="scheduler",
-            dispatch=loop.post,
-            clock=clock,
-            rng=random.Random(),  # noqa: S311  jitter of the reconnects
-            declare=topology.core(),
-        )
         catalogue = Catalogue(Path(settings["machines"]["catalogue"]))
-        scheduler = Scheduler(
-            Writer(engine), bus, clock, catalogue.machines, settings["scheduler"]["settings"], loop.post
+        rules: Settings = settings["scheduler"]["settings"]
+        leadership = Leadership(
+            Lease(engine, f"{socket.gethostname()}:{os.getpid()}"),
+            clock,
+            partial(_bus, settings["scheduler"]["broker_url"], loop, clock),
+            lambda lease, bus: Scheduler(Writer(engine, lease), bus, clock, catalogue.machines, rules, loop.post),
         )
-        scheduler.start()
         metrics = Metrics("scheduler")
-        _gauges(metrics, scheduler)
-        ops = serve(
-            *address(settings["scheduler"]["ops_listen"]), metrics.registry, lambda: _health(bus, scheduler), clock
-        )
+        metrics.registry.register(Figures(lambda: leadership.scheduler, rules.policy, clock, "deskfleet_scheduler"))
+        ops = serve(*address(settings["scheduler"]["ops_listen"]), metrics.registry, lambda: _health(leadership), clock)
     except (SettingsError, LedgerError, BadBrokerUrl, OSError) as error:
         print(f"deskfleet-scheduler can't start:\n{error}", file=sys.stderr)
         return 2
     for problem in catalogue.errors:
         log.warning("%s", problem)
-    bus.start()
+    loop.every(_LOOK_S, leadership.tick)
     stop_on_signals(loop.stop)
     notify_systemd("READY=1")
     loop.run()
     notify_systemd("STOPPING=1")
-    bus.stop()
+    leadership.stop()
     ops.close()
     engine.dispose()
     return 0
 
 
-def _health(bus: AmqpBus, scheduler: Scheduler) -> Health:
-    reasons = []
-    if not bus.connected:
+def _bus(url: Secret, loop: MainLoop, clock: Clock) -> AmqpBus:
+    return AmqpBus(
+        url.reveal().split(),
+        name="scheduler",
+        dispatch=loop.post,
+        clock=clock,
+        rng=random.Random(),  # noqa: S311  jitter of the reconnects
+        declare=topology.core(),
+        heartbeat=_HEARTBEAT_S,
+    )
+
+
+def _health(leadership: Leadership) -> Health:
+    scheduler, reasons = leadership.scheduler, []
+    if not leadership.bus.connected:
         reasons.append("the broker is not connected")
-    if not scheduler.healthy:
+    if scheduler and not scheduler.healthy:
         reasons.append("the ledger does not answer")
     return Health(not reasons, tuple(reasons))
-
-
-def _gauges(metrics: Metrics, scheduler: Scheduler) -> None:
-    """Read at scrape time, from the cache."""
-    sessions = metrics.gauge("sessions", "Sessions that have not ended", ["state"])
-    for state in State:
-        if state is not State.ENDED:
-            sessions.labels(state.value).set_function(partial(scheduler.count, state))
-    hosts = metrics.gauge("hosts", "Hosts known, and those heard lately", ["kind"])
-    hosts.labels("known").set_function(lambda: len(scheduler.fleet.hosts))
-    hosts.labels("fresh").set_function(scheduler.fresh_hosts)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from functools import partial
 
 from sqlalchemy.exc import DBAPIError
 
+from deskfleet.ledger.lease import Demoted
 from deskfleet.ledger.writer import Conflict, Writer
 from deskfleet.runtime.bus import Bus, Delivery, Outgoing
 from deskfleet.runtime.service import Clock
@@ -23,7 +24,6 @@ from deskfleet.schemas import topology
 from deskfleet.schemas.errors import DecodeError, IllegalTransition
 from deskfleet.schemas.host import HostBeat, HostReport
 from deskfleet.schemas.messages import Message, VmReport, decode
-from deskfleet.schemas.session import State
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ class Scheduler:
         self._batch: list[tuple[Delivery, Message]] = []
         #: False while the ledger does not answer: nothing is decided then, and nothing is acknowledged.
         self.healthy = False
+        #: True once somebody else leads: nothing is decided and nothing settled any more.
+        self.over = False
 
     def start(self) -> None:
         """Read the ledger and begin to consume."""
@@ -105,7 +107,7 @@ class Scheduler:
     def flush(self) -> None:
         """Commit what has come in, then publish and acknowledge."""
         batch, self._batch = self._batch, []
-        if not batch:
+        if not batch or self.over:
             return
         if self._attempt([self._job(message) for _, message in batch]):
             for delivery, _ in batch:
@@ -114,6 +116,8 @@ class Scheduler:
         for delivery, message in batch:
             if any(self._attempt([self._job(message)]) for _ in range(CONFLICT_TRIES)):
                 delivery.ack()
+            elif self.over:
+                return
             elif self.healthy:
                 log.error("a %s is put aside: it can't be applied", delivery.type)
                 delivery.reject()
@@ -128,6 +132,7 @@ class Scheduler:
         """One transaction over some jobs; False, with nothing kept, when it did not go through."""
         if not self.healthy:
             return False
+        began = self._clock.monotonic()
         try:
             with self._writer.begin() as tx:
                 unit = Unit(tx, self.fleet, self._clock.wall(), self._settings.limits)
@@ -135,6 +140,10 @@ class Scheduler:
                     job(unit)
                 if self.decisions.queue.soon:
                     self.decisions.queue.run(unit, self._clock.monotonic())
+        except Demoted as error:
+            log.warning("not decided: %s", error)
+            self.healthy, self.over = False, True
+            return False
         except (Conflict, IllegalTransition) as error:
             log.info("deciding again on fresh rows: %s", error)
             self._recover()
@@ -149,6 +158,7 @@ class Scheduler:
             log.exception("a decision failed")
             self._recover()
             return False
+        self.decisions.stats.took_s(self._clock.monotonic() - began)
         for message in unit.outbox:
             self._publish(message)
         return True
@@ -162,11 +172,15 @@ class Scheduler:
         self.healthy = False
         try:
             self._reload()
+        except Demoted:
+            self.over = True
         except DBAPIError as error:
             log.error("the ledger can't be read: %s", type(error.orig).__name__)
 
     def sweep(self) -> None:
         """What only time brings: echoes that did not come, waits that are over, reports to be stored."""
+        if self.over:
+            return
         if not self.healthy:
             self._recover()
         self.flush()
@@ -185,15 +199,6 @@ class Scheduler:
 
         if reports or figures:
             self._attempt([store])
-
-    def count(self, state: State) -> int:
-        """How many live sessions are in a state, for the metrics. May be asked from another thread."""
-        return sum(1 for session in list(self.fleet.sessions.values()) if session.state is state)
-
-    def fresh_hosts(self) -> int:
-        """How many hosts were heard lately, for the metrics. May be asked from another thread."""
-        now, fresh_s = self._clock.monotonic(), self._settings.policy.fresh_s
-        return sum(1 for state in list(self.fleet.hosts.values()) if state.is_fresh(now, fresh_s))
 
 
 def _vouched(sender: str, message: Message) -> bool:
