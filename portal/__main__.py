@@ -38,6 +38,7 @@ log = logging.getLogger("deskfleet.portal")
 _VIEWER = Path(__file__).parent / "static" / "vendor" / "novnc" / "core" / "rfb.js"
 _SWEEP_S = 1.0
 _PRUNE_S = 600.0
+_MAIL_S = 5.0
 
 
 class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn is not typed
@@ -76,7 +77,7 @@ class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn is not typed
 
 
 def start(sections: dict[str, Any]) -> Services:
-    """Make the parts of one worker and start its threads: the bus's own, and one for sweeps."""
+    """Make the parts of one worker and start its threads: the bus's own, one for sweeps, and one for mails."""
     settings: PortalSettings = sections["portal"]
     clock = SystemClock()
     loop = MainLoop(clock)
@@ -96,6 +97,10 @@ def start(sections: dict[str, Any]) -> Services:
     bus.on_connect(parts.sweep)
     bus.start()
     threading.Thread(target=loop.run, name="portal-loop", daemon=True).start()
+    if parts.notices is not None:
+        post = MainLoop(clock)
+        post.every(_MAIL_S, parts.send_mails)
+        threading.Thread(target=post.run, name="portal-mail", daemon=True).start()
     try:
         serve(*address(settings.ops_listen), parts.metrics.registry, parts.health, clock)
     except OSError as error:

@@ -26,7 +26,7 @@ from deskfleet.portal.audit import Audit
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.cli_common import Refusal, printable, table
 from deskfleet.portal.logins import Logins
-from deskfleet.portal.settings import PortalSchema, PortalSettings
+from deskfleet.portal.settings import MailSettings, PortalSchema, PortalSettings
 from deskfleet.portal.store import Store
 from deskfleet.runtime.secret import HIDDEN, Secret
 from deskfleet.runtime.service import SystemClock
@@ -289,16 +289,24 @@ def config_show(config: Path) -> None:
         settings = _load(config, *_SCHEMAS)
         portal = settings["portal"]
         sections = {
-            "portal": {field.name: getattr(portal, field.name) for field in fields(portal)},
+            "portal": _values(portal),
+            "portal.mail": _values(portal.mail) if portal.mail else {},
             "ledger": {"url": make_url(settings["ledger"]["url"]).render_as_string(hide_password=True)},
             "machines": settings["machines"],
         }
     lines = [
         line
         for name, values in sections.items()
+        if values
         for line in (f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), "")
     ]
     click.echo("\n".join(lines).rstrip())
+
+
+def _values(settings: PortalSettings | MailSettings) -> dict[str, object]:
+    """What a section holds itself: neither what was left out nor the sections below it."""
+    values = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return {key: value for key, value in values.items() if not (value is None or isinstance(value, MailSettings))}
 
 
 def _toml(value: object) -> str:

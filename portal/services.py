@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
+from urllib.parse import urlsplit
 
 from flask import current_app
 from prometheus_client import Counter
@@ -22,6 +23,7 @@ from deskfleet.portal.desktops import Desktops
 from deskfleet.portal.fleet import Fleet
 from deskfleet.portal.launching import Seals
 from deskfleet.portal.logins import Logins
+from deskfleet.portal.mail import Notices, sender_over
 from deskfleet.portal.outbox import Outbox
 from deskfleet.portal.outlook import Forecasts
 from deskfleet.portal.records import Records
@@ -70,12 +72,18 @@ class Services:
     forecasts: Forecasts
     seals: Seals
     tickets: Tickets
+    notices: Notices | None
     metrics: Metrics
     counts: Counts
 
     def sweep(self) -> None:
         """Send what is not known yet. Failures are logged; the next sweep tries again."""
         run_callback(self.outbox.sweep, "the sweep of stored requests")
+
+    def send_mails(self) -> None:
+        """Send the mails that are due, on a thread that may take its time. Failures are logged."""
+        if self.notices is not None:
+            run_callback(self.notices.sweep, "the sweep of mails")
 
     def prune(self) -> None:
         """Forget what is old."""
@@ -84,6 +92,7 @@ class Services:
             ("logins", self.logins.prune),
             ("throttle", self.throttle.prune),
             ("audit", self.audit.prune),
+            *([("mails", self.notices.prune)] if self.notices is not None else []),
         ):
             run_callback(prune, f"forgetting old {what}")
 
@@ -124,6 +133,11 @@ def build(
         partial(_count, outbox)
     )
     metrics.gauge("broker_connected", "1 while messages can be published").set_function(lambda: float(bus.connected))
+    notices = None
+    if settings.mail is not None:
+        send = sender_over(settings.mail, urlsplit(settings.public_url).hostname or "localhost")
+        mails = metrics.counter("mails", "What became of mails to people whose desktop is ready", ["fate"])
+        notices = Notices(store, records, catalogue.machines, clock, settings.mail, settings.public_url, send, mails)
     return Services(
         settings=settings,
         clock=clock,
@@ -142,6 +156,7 @@ def build(
         forecasts=Forecasts(bus, replica, clock, max(1, settings.threads // 2)),
         seals=Seals(settings.secret_key.reveal()),
         tickets=Tickets([key.reveal() for key in settings.ticket_keys]),
+        notices=notices,
         metrics=metrics,
         counts=Counts(
             metrics.counter("http_requests", "Answers by endpoint and status", ["endpoint", "status"]),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from email_validator import EmailNotValidError, validate_email
 from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate, validates_schema
 
 from deskfleet.runtime.secret import Secret
@@ -18,10 +20,27 @@ _DAY = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
+class MailSettings:
+    """How mails are sent. `ca` is a file of certificates to believe ("": the system's), `domain` makes an address of a
+    name without one, `mail_after_s` is after how long a wait a person is told that the desktop is ready."""
+
+    server: str
+    port: int
+    ca: str
+    insecure: bool
+    user: str
+    password: Secret | None
+    sender: str
+    domain: str
+    mail_after_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class PortalSettings:
     """What the portal is told. Times in seconds; `origin` and `console_origin` are as browsers write them.
 
-    `ticket_keys`: the last one signs. `front_proxies` are the networks whose X-Forwarded-For is believed.
+    `ticket_keys`: the last one signs. `front_proxies` are the networks whose X-Forwarded-For is believed. Without
+    `mail` there is none.
     """
 
     listen: str
@@ -43,6 +62,7 @@ class PortalSettings:
     workers: int
     threads: int
     front_proxies: tuple[Network, ...]
+    mail: MailSettings | None
 
     @property
     def secure(self) -> bool:
@@ -54,6 +74,21 @@ class PortalSettings:
         """What the content policy lets pages connect to, beside the portal itself."""
         parts = urlsplit(self.console_url)
         return f"{parts.scheme}://{parts.netloc}"
+
+
+def address_of(user: str, domain: str) -> str | None:
+    """The mail address of a person: the name when it is one, else the name at the domain; None when neither is."""
+    text = user if "@" in user else f"{user}@{domain}"
+    try:
+        found = validate_email(text, check_deliverability=False, globally_deliverable=False, allow_smtputf8=False)
+    except EmailNotValidError:
+        return None
+    return found.ascii_email
+
+
+def trust(ca: str) -> ssl.SSLContext:
+    """Whose certificates are believed: those in the file `ca`, or the system's when it is empty. Raises OSError."""
+    return ssl.create_default_context(cafile=ca or None)
 
 
 def _address(default: str) -> fields.String:
@@ -79,6 +114,45 @@ def _check_url(text: str, plain: str, secure: str, path: bool) -> list[str]:
     if parts.query or parts.fragment or parts.username or (not path and parts.path not in ("", "/")):
         wrong.append("must hold no login, query or fragment" + ("" if path else ", and no path"))
     return wrong
+
+
+class MailSchema(Schema):
+    """[portal.mail]. Mails go over TLS to a server that proves its name, unless `insecure` says otherwise."""
+
+    class Meta:
+        unknown = RAISE
+
+    server = fields.Str(required=True, validate=validate.Regexp(r"\A[A-Za-z0-9][A-Za-z0-9.:-]{0,252}\Z"))
+    port = fields.Int(load_default=587, strict=True, validate=validate.Range(1, 65535))
+    ca = fields.Str(load_default="")
+    insecure = fields.Bool(load_default=False, truthy={True}, falsy={False})
+    user = fields.Str(load_default="", validate=validate.Length(max=320))
+    password = SecretField(load_default=None)
+    sender = fields.Str(required=True)
+    domain = fields.Str(load_default="", validate=validate.Length(max=253))
+    mail_after_s = _seconds(60, 0, _DAY)
+
+    @validates_schema
+    def _together(self, data: Mapping[str, Any], **_: Any) -> None:
+        wrong: dict[str, list[str]] = {}
+        if address_of(data["sender"], "") != data["sender"]:
+            wrong["sender"] = ["is not a mail address"]
+        if data["domain"] and address_of("somebody", data["domain"]) is None:
+            wrong["domain"] = ["is not the domain of a mail address"]
+        if bool(data["user"]) != (data["password"] is not None):
+            wrong["password"] = ["user and password go together"]
+        elif data["insecure"] and data["user"]:
+            wrong["insecure"] = ["a password goes to a server that proves its name only; leave out one of the two"]
+        try:
+            trust(data["ca"])
+        except OSError as error:
+            wrong["ca"] = [f"holds no certificates that can be read: {type(error).__name__}"]
+        if wrong:
+            raise ValidationError(wrong)
+
+    @post_load
+    def _make(self, data: dict[str, Any], **_: Any) -> MailSettings:
+        return MailSettings(**data)
 
 
 class PortalSchema(Schema):
@@ -110,6 +184,7 @@ class PortalSchema(Schema):
     workers = fields.Int(load_default=1, strict=True, validate=validate.Range(1, 64))
     threads = fields.Int(load_default=16, strict=True, validate=validate.Range(1, 256))
     front_proxies = fields.List(NetworkField(), load_default=list)
+    mail = fields.Nested(MailSchema, load_default=None)
 
     @validates_schema(skip_on_field_errors=False)
     def _together(self, data: Mapping[str, Any], **_: Any) -> None:

@@ -80,6 +80,20 @@ request = Table(
     Index("ix_portal_request_user", "user", "created_at"),
 )
 
+#: Mails about desktops that are ready: one a desktop, whatever becomes of it.
+notice = Table(
+    "portal_notice",
+    metadata,
+    Column("sid", String(32), primary_key=True),
+    Column("user", String(320), nullable=False),
+    Column("machine", String(48), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("next_try_at", Float, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Index("ix_portal_notice_state", "state", "next_try_at"),
+)
+
 audit = Table(
     "portal_audit",
     metadata,

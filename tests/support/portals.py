@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,7 @@ class World:
                 after = place(before, "h1", tx.claim("h1", tx.hosts()[0].generation))
             else:
                 after = advance(before, event, outcome=Outcome.STOPPED if ends else None)
+            after = replace(after, changed_at=self.clock.wall())
             tx.save(before, after, event)
         return after
 
