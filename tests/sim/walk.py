@@ -1,259 +1,351 @@
 """Seeded random walks through the cluster: what people, time and bad luck do to it.
 
-python tests/sim/walk.py --seeds 10000 --first 0 [--steps 400]
+python tests/sim/walk.py --seeds 10000 --first 0      many walks; a failing one is shrunk and written down
+python tests/sim/walk.py --replay FILE                one walk again, from the file
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import random
-import sys
-import time
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from sim.process import Violation
+from sim.steps import Step, Steps
+from sim.world import World
 
-from sim.world import Crash, Node, Violation, World
-
-from deskfleet.schemas.session import State
-
+#: Kinds of faults. Each walk has some of them only, so that rare pairs meet undisturbed.
 FAULTS = (
     "drop",
     "duplicate",
     "reorder",
+    "delay",
     "cut",
-    "kill_agent",
-    "kill_agent_at_write",
-    "kill_scheduler",
-    "kill_scheduler_at_publish",
     "kill_broker",
+    "block",
+    "kill_agent",
+    "kill_agent_at",
+    "kill_scheduler",
+    "kill_scheduler_at",
+    "kill_portal",
+    "kill_proxy",
+    "pause",
+    "ledger_away",
+    "ledger_commit",
+    "portal_store",
+    "disk",
     "reboot",
+    "reinstall",
+    "reboot_moved",
+    "device",
     "start_fails",
-    "journal_lost",
-    "clock",
     "slow",
+    "guest_dies",
+    "hangs",
+    "odd_ticket",
+    "forge",
+    "declare_dead",
+    "drain",
+    "clock",
 )
+#: An agent that can't write keeps refusals in memory alone, and forgets them when it dies.
+NOT_WITH_DISK = frozenset({"kill_agent", "kill_agent_at", "reboot", "reboot_moved"})
+STEPS = 160
+USERS = ("ann", "bo", "zoë")
 
 
-class Walk:
-    """One history. Raises Violation when an invariant breaks."""
+class Chooser:
+    """Draws the next step of a walk. It looks at the world only to propose what makes sense."""
 
-    def __init__(self, seed: int, steps: int = 250) -> None:
-        rng = random.Random(seed)
-        # Swarm: each walk has some kinds of faults only, so that rare pairs meet undisturbed.
-        on = frozenset(fault for fault in FAULTS if rng.random() < 0.35)
-        self.world = World(seed, on)
-        self.count = steps
+    def __init__(self, world: World, steps: Steps, rng: random.Random) -> None:
+        self.world = world
+        self.steps = steps
+        self.rng = rng
+        self._usual: list[Callable[[], Step | None]] = [
+            *[self._deliver] * 9,
+            *[self._work] * 6,
+            *[self._flush] * 4,
+            *[self._wait] * 4,
+            *[self._launch] * 2,
+            self._person,
+            *[self._viewer] * 2,
+        ]
+        self._bad = [fault for fault in FAULTS if fault in world.faults and hasattr(self, f"_{fault}")]
 
-    def run(self) -> str:
-        """Walk, let it come to rest, check, end everything, check again; the hash of the history."""
-        world = self.world
-        for _ in range(self.count):
-            self.step()
-            world.check()
-        world.settle(120)
-        world.check_at_rest()
-        world.stop_everything()
-        world.settle(60)
-        world.check_at_rest()
-        if world.live():
-            raise Violation(f"I1: {[s.sid for s in world.live()]} do not end")
-        world.log.update(repr(world.spawns).encode())
-        return world.log.hexdigest()
-
-    def step(self) -> None:
-        """One random thing happens."""
-        world, rng = self.world, self.world.rng
-        usual = [self.deliver] * 8 + [self.work] * 5 + [self.flush] * 3 + [self.pass_time] * 3
-        usual += [self.launch] * 2 + [self.stop, self.power_off]
-        unusual = [(fault, getattr(self, fault)) for fault in FAULTS if fault in world.faults and hasattr(self, fault)]
-        if unusual and rng.random() < 0.12:
-            name, action = rng.choice(unusual)
-        else:
-            action = rng.choice(usual)
-            name = action.__name__
-        world.note(f"{name} {action() or ''}")
+    def next(self) -> Step:
+        """One step."""
+        while True:
+            if self._bad and self.rng.random() < 0.13:
+                step = getattr(self, f"_{self.rng.choice(self._bad)}")()
+            elif self.rng.random() < 0.1:
+                step = self._mend()
+            else:
+                step = self.rng.choice(self._usual)()
+            if step:
+                return tuple(step)
 
     # --- what goes on anyway --------------------------------------------------------------------------------
 
-    def deliver(self) -> str:
-        waiting = [q for q in self.world.broker.queues() if self.world.broker.pending(q)]
-        if not waiting:
-            return ""
-        queue = self.world.rng.choice(waiting)
-        self.world.broker.deliver_one(queue)
-        return queue
+    def _deliver(self) -> Step | None:
+        broker = self.world.broker
+        waiting = [q for q in broker.queues() if q != "dead" and broker.pending(q)]
+        return ("deliver", self.rng.choice(waiting), self.rng.choice([1, 1, 2, 5])) if waiting else None
 
-    def work(self) -> str:
-        busy = [node for node in self.world.nodes.values() if node.todo and node.bus]
-        if busy:
-            node = self.world.rng.choice(busy)
-            node.todo.pop(self.world.rng.randrange(len(node.todo)) if "slow" in self.world.faults else 0)()
-            return node.name
-        return ""
+    def _work(self) -> Step | None:
+        busy = [node for node in self.world.nodes.values() if node.todo and node.alive and not node.paused]
+        if not busy:
+            return None
+        node = self.rng.choice(busy)
+        faults = self.world.faults
+        wrong = ("start_fails" in faults or "hangs" in faults) and self.rng.random() < 0.15
+        return "work", node.host, self.rng.randrange(len(node.todo)) if "slow" in faults else 0, wrong
 
-    def flush(self) -> None:
-        self.world.flush()
+    def _flush(self) -> Step:
+        return "flush", self.rng.choice([*(d.name for d in self.world.deciders), "portal"])
 
-    def pass_time(self) -> None:
-        self.world.clock.now += self.world.rng.choice([0.1, 1.0, 3.0, 12.0])
-        self.world.broker.run_ticks()
-        if self.world.rng.random() < 0.2:
-            self.world.portal_sweep()
-        for node in self.world.nodes.values():
-            if node.bus is None and self.world.rng.random() < 0.5:
-                node.start()
-        if self.world.scheduler is None and self.world.rng.random() < 0.5:
-            self.world.start_scheduler()
-        if not self.world.broker.up:
-            self.world.broker.recover()
+    def _wait(self) -> Step:
+        return "wait", self.rng.choice([0.1, 1.0, 1.0, 3.0, 12.0])
 
-    def launch(self) -> str:
-        request = self.world.random_request()
-        self.world.ask(request)
-        if self.world.rng.random() < 0.3:
-            self.world.ask(request)  # a double click
-        return request.sid
+    def _launch(self) -> Step:
+        rng = self.rng
+        if self.world.evidence.requests and rng.random() < 0.2:
+            return "again", self._sid()
+        return (
+            "launch",
+            f"{rng.getrandbits(128):032x}",
+            rng.choice(USERS),
+            "tiny" if rng.random() > 0.03 else "gone",
+            rng.choice([1, 1, 2, 4]),
+            rng.choice([256, 512, 1024]),
+            int(rng.random() < 0.3),
+            rng.random() < 0.5,
+            rng.choice([60, 600, 36000]),
+        )
 
-    def stop(self) -> str:
-        if self.world.asked:
-            sid = self.world.rng.choice(list(self.world.asked))
-            self.world.ask_stop(sid)
-            return sid
-        return ""
+    def _sid(self) -> str:
+        return self.rng.choice(list(self.world.evidence.requests) or [""])
 
-    def power_off(self) -> str:
-        node = self.world.rng.choice(list(self.world.nodes.values()))
-        ready = [vm.sid for vm in node.vms.values() if vm.ready and not vm.going_down]
-        if ready and self.world.rng.random() < 0.3:
-            node.power_off(ready[0])
-            return ready[0]
-        return ""
+    def _running(self) -> str:
+        ready = [vm.sid for node in self.world.nodes.values() for vm in node.vms.values() if vm.ready]
+        return self.rng.choice(ready) if ready else ""
+
+    def _person(self) -> Step | None:
+        if self.rng.random() < 0.7:
+            return "stop", self._sid(), self.rng.random() < 0.2
+        sid = self._running()
+        return ("power_off", sid) if sid else None
+
+    def _viewer(self) -> Step | None:
+        door = self.rng.choice(self.world.proxies)
+        if door.opening and self.rng.random() < 0.7:
+            return "go_on", door.name, self.rng.randrange(len(door.opening))
+        if door.consoles and self.rng.random() < 0.1:
+            return "leave", door.name, self.rng.randrange(len(door.consoles))
+        if self.steps.tickets and self.rng.random() < 0.5:
+            newest = len(self.steps.tickets) - 1
+            return "knock", door.name, newest if self.rng.random() < 0.6 else self.rng.randrange(newest + 1)
+        sid = self._running()
+        return ("ticket", sid, f"{self.rng.getrandbits(128):032x}") if sid else None
+
+    def _mend(self) -> Step | None:
+        """Something that is broken comes back."""
+        world = self.world
+        broken: list[Step] = [("start", name) for name, process in world.processes.items() if not process.alive]
+        broken += [("resume", name) for name, process in world.processes.items() if process.paused]
+        if world.broker.up:
+            broken += [("join", n) for n, p in world.processes.items() if p.alive and not p.connected]
+        else:
+            broken.append(("start_broker",))
+        if world.broker.blocked:
+            broken.append(("block", False))
+        broken += [("database", "ledger", False)] * world.ledger.away
+        broken += [("database", "portal", False)] * world.requests.away
+        broken += [("disk", node.host, "") for node in world.nodes.values() if node.disk.trouble]
+        for node in world.nodes.values():
+            broken += [
+                ("card", node.host, i, True, True) for i, c in enumerate(node.cards) if not (c.there and c.bound)
+            ]
+        broken += [("arrive", index) for index in range(len(self.steps.late))]
+        return self.rng.choice(broken) if broken else None
 
     # --- bad luck -------------------------------------------------------------------------------------------
 
-    def _message(self) -> tuple[str, int] | None:
-        waiting = [q for q in self.world.broker.queues() if q != "dead" and self.world.broker.pending(q)]
+    def _message(self) -> tuple[str, int, int] | None:
+        broker = self.world.broker
+        waiting = [(q, len(broker.pending(q))) for q in broker.queues() if q != "dead" and broker.pending(q)]
         if not waiting:
             return None
-        queue = self.world.rng.choice(waiting)
-        return queue, self.world.rng.randrange(len(self.world.broker.pending(queue)))
+        queue, count = self.rng.choice(waiting)
+        return queue, self.rng.randrange(count), count
 
-    def drop(self) -> str:
+    def _drop(self) -> Step | None:
         found = self._message()
-        if found:
-            self.world.broker.drop(*found)
-        return str(found)
+        return ("drop", *found[:2]) if found else None
 
-    def duplicate(self) -> str:
+    def _duplicate(self) -> Step | None:
         found = self._message()
-        if found:
-            self.world.broker.duplicate(*found)
-        return str(found)
+        return ("duplicate", *found[:2], self.rng.choice([1, 1, 2, 5])) if found else None
 
-    def reorder(self) -> str:
+    def _reorder(self) -> Step | None:
         found = self._message()
-        if found:
-            count = len(self.world.broker.pending(found[0]))
-            self.world.broker.move(found[0], found[1], self.world.rng.randrange(count))
-        return str(found)
+        return ("reorder", *found[:2], self.rng.randrange(found[2])) if found else None
 
-    def _node(self) -> Node:
-        return self.world.rng.choice(list(self.world.nodes.values()))
+    def _delay(self) -> Step | None:
+        found = self._message()
+        return ("delay", *found[:2]) if found else None
 
-    def cut(self) -> str:
-        node = self._node()
-        if node.bus:
-            if node.bus.connected:
-                node.bus.disconnect()
+    def _host(self) -> str:
+        return self.rng.choice(list(self.world.nodes))
+
+    def _process(self) -> str:
+        return self.rng.choice(list(self.world.processes))
+
+    def _decider(self) -> str:
+        return self.rng.choice(self.world.deciders).name
+
+    def _cut(self) -> Step:
+        return "cut", self._process()
+
+    def _kill_broker(self) -> Step:
+        return ("kill_broker",)
+
+    def _block(self) -> Step:
+        return "block", True
+
+    def _kill_agent(self) -> Step:
+        return "kill", f"agent-{self._host()}"
+
+    def _kill_agent_at(self) -> Step:
+        return "kill_at", f"agent-{self._host()}", self.rng.randrange(1, 8)
+
+    def _kill_scheduler(self) -> Step:
+        return "kill", self._decider()
+
+    def _kill_scheduler_at(self) -> Step:
+        return "kill_at", self._decider(), self.rng.randrange(1, 10)
+
+    def _kill_portal(self) -> Step:
+        return ("kill", "portal") if self.rng.random() < 0.5 else ("kill_at", "portal", self.rng.randrange(1, 5))
+
+    def _kill_proxy(self) -> Step:
+        return "kill", self.rng.choice(self.world.proxies).name
+
+    def _pause(self) -> Step:
+        return "pause", self._process()
+
+    def _ledger_away(self) -> Step:
+        return "database", "ledger", True
+
+    def _ledger_commit(self) -> Step:
+        return "fail_commit", "ledger", self.rng.choice(["before", "after"])
+
+    def _portal_store(self) -> Step:
+        if self.rng.random() < 0.4:
+            return "database", "portal", True
+        return "fail_commit", "portal", self.rng.choice(["before", "after"])
+
+    def _disk(self) -> Step:
+        return "disk", self._host(), self.rng.choice(["full", "read-only"])
+
+    def _reboot(self) -> Step:
+        return "reboot", self._host(), self.rng.random() < 0.5
+
+    def _reinstall(self) -> Step:
+        return "reinstall", self._host()
+
+    def _reboot_moved(self) -> Step:
+        return "reboot_moved", self._host(), self.rng.randrange(1, 4)
+
+    def _device(self) -> Step:
+        return "card", self.rng.choice(["h2", "h3"]), self.rng.randrange(2), self.rng.random() < 0.5, False
+
+    def _guest_dies(self) -> Step | None:
+        sid = self._running()
+        return ("guest_dies", sid) if sid else None
+
+    def _odd_ticket(self) -> Step | None:
+        sid = self._running()
+        nonce = f"{self.rng.getrandbits(128):032x}"
+        return ("odd_ticket", sid, nonce, self.rng.choice(["number", "host", "key"])) if sid else None
+
+    def _forge(self) -> Step:
+        return "forge", self._host(), self._sid(), self.rng.choice(["stop", "gone"])
+
+    def _declare_dead(self) -> Step:
+        silent = [node.host for node in self.world.nodes.values() if not node.connected or node.paused]
+        return "declare_dead", self.rng.choice(silent or list(self.world.nodes))
+
+    def _drain(self) -> Step:
+        return "drain", self._host(), self.rng.random() < 0.6
+
+    def _clock(self) -> Step:
+        names = [name for name in self.world.processes if name.startswith(("scheduler", "agent"))]
+        shift = self.rng.choice([-3600.0, -90.0, 0.0, 90.0, 86400.0, 6e8])
+        return "clock", self.rng.choice(names), shift, self.rng.random() < 0.3
+
+
+class Walk:
+    """One history: drawn by a seed, or repeated from a list of steps. `run` raises Violation."""
+
+    def __init__(self, seed: int, steps: Sequence[Step] | None = None, faults: Iterable[str] | None = None) -> None:
+        self.seed = seed
+        self.faults = frozenset(self.drawn(seed) if faults is None else faults)
+        self._rng = random.Random(seed)
+        self.world = World(seed, self.faults, self._rng.choice([30, 600, 6000]))
+        self.steps: list[Step] = list(steps or ())
+        self._given = steps is not None
+
+    @staticmethod
+    def drawn(seed: int) -> frozenset[str]:
+        """The kinds of faults that a seed draws."""
+        rng = random.Random(f"faults {seed}")
+        found = {fault for fault in FAULTS if rng.random() < 0.3}
+        return frozenset(found - NOT_WITH_DISK if "disk" in found else found)
+
+    def decisions(self) -> list[object]:
+        """Everything that was decided, in order: what hosts were told, and every step of every session."""
+        query = "SELECT sid, event, state, host, reason, detail FROM session_event ORDER BY id"
+        return [*self.world.evidence.decisions, *self.world.evidence.spawns, *self.world.ledger.rows(query)]
+
+    def run(self, count: int = STEPS) -> str:
+        """Walk, let it come to rest, end everything, begin anew; the hash of the event log."""
+        try:
+            hands = Steps(self.world)
+            if self._given:
+                for step in self.steps:
+                    hands.do(tuple(step))
             else:
-                node.bus.reconnect()
-        return node.name
+                chooser = Chooser(self.world, hands, self._rng)
+                for _ in range(count):
+                    self.steps.append(chooser.next())
+                    hands.do(self.steps[-1])
+            self._finish()
+            return self.world.evidence.log.hexdigest()
+        finally:
+            self.world.close()
 
-    def kill_agent(self) -> str:
-        node = self._node()
-        node.kill()
-        return node.name
-
-    def kill_agent_at_write(self) -> str:
-        node = self._node()
-        if node.bus is None:
-            return ""
-        node.disk.die = self.world.rng.choice(["before", "after"])
-        try:
-            self.world.broker.deliver_one(f"host.{node.name}")
-            while node.todo and node.disk.die:
-                node.todo.pop(0)()
-        except Crash:
-            node.kill()
-        node.disk.die = ""
-        return node.name
-
-    def kill_scheduler(self) -> None:
-        self.world.kill_scheduler()
-
-    def kill_scheduler_at_publish(self) -> None:
-        world = self.world
-        if world.scheduler is None:
-            return
-        world.scheduler_bus.die_at = world.rng.choice([1, 1, 2, 3])
-        try:
-            for queue in ("scheduler.commands", "scheduler.reports", "scheduler.heartbeats"):
-                world.broker.deliver_one(queue)
-            world.flush()
-            world.scheduler.sweep()
-        except Crash:
-            world.kill_scheduler()
-        world.scheduler_bus.die_at = 0
-
-    def kill_broker(self) -> None:
-        self.world.broker.crash()
-
-    def reboot(self) -> str:
-        node = self._node()
-        node.reboot()
-        return node.name
-
-    def journal_lost(self) -> str:
-        """A host is installed anew: no guests, no journal."""
-        node = self._node()
-        known = {s.sid for s in self.world.sessions() if s.state in (State.RUNNING, State.STOPPING, State.ENDED)}
-        # What ran there and was never reported is beyond anybody's knowledge, and its machine is gone.
-        for sid, host in list(self.world.readied.items()):
-            if host == node.name and sid not in known:
-                del self.world.readied[sid]
-        node.reboot()
-        node.disk.entries.clear()
-        node.disk.generation = None
-        node.files.clear()
-        return node.name
-
-    def clock(self) -> None:
-        self.world.clock.shift = self.world.rng.choice([-3600.0, 0.0, 86400.0, 6e8])
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=500)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=250)
-    options = parser.parse_args()
-    logging.disable(logging.CRITICAL)
-    started, bad = time.monotonic(), 0
-    for seed in range(options.first, options.first + options.seeds):
-        walk = Walk(seed, options.steps)
-        try:
-            walk.run()
-        except (Violation, Exception) as error:
-            bad += 1
-            print(f"seed {seed}: {type(error).__name__}: {error}  (faults: {', '.join(sorted(walk.world.faults))})")
-            if options.seeds == 1:
-                print("\n".join(walk.world.steps))
-                raise
-    print(f"{options.seeds} seeds, {bad} bad, {time.monotonic() - started:.0f} s")
-    return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    def _finish(self) -> None:
+        world, evidence = self.world, self.world.evidence
+        world.mend()
+        hands = Steps(world)
+        for host in world.nodes:
+            hands.do(("drain", host, False))
+        world.rest()
+        live = [sid for sid, state in world.ledger.rows("SELECT sid, state FROM session") if state != "ended"]
+        for sid in live:
+            world.portal.stop(sid, evidence.requests[sid].user, False)
+        probe = f"{self.seed:032x}"
+        hands.do(("launch", probe, "ann", "tiny", 1, 256, 0, True, 36000))
+        world.rest()
+        left = [row for row in world.ledger.rows("SELECT sid, state FROM session") if row[1] != "ended"]
+        if left != [(probe, "running")]:
+            raise Violation(f"I11: at rest there is {left}, where {probe} should run")
+        hands.do(("ticket", probe, probe))
+        hands.do(("knock", world.proxies[0].name, 0))
+        world.move()
+        if not any(console.vm.sid == probe for console in world.proxies[0].consoles):
+            raise Violation(f"I11: {probe} runs and can't be seen")
+        world.portal.stop(probe, "ann", False)
+        world.rest()
+        if world.proxies[0].consoles:
+            raise Violation("I7: a console is open, and nothing runs")
+        evidence.log.update(repr(world.ledger.rows("SELECT * FROM session_event ORDER BY id")).encode())
