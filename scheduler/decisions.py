@@ -202,8 +202,8 @@ class Decisions:
             unit.send_host(beat.host, HostInventory(beat.host))
 
     def _heartbeat(self, unit: Unit, report: HostReport, now: float, wall: float) -> None:
-        if report.host not in self._fleet.hosts:
-            unit.tx.add_host(report.host)
+        if self._fleet.host(report.host).report is None:
+            unit.tx.add_host(report.host)  # small heartbeats alone make no row
         if not self._fleet.heard(report, now):
             return
         self.figures.pop(report.host, None)
