@@ -197,7 +197,7 @@ class Desktops:
     def _from_session(self, session: Session, stop_asked: bool, hosts: Mapping[str, HostState]) -> Desktop:
         host = hosts.get(session.host) if session.on_host else None
         left = None
-        if session.state is State.RUNNING:
+        if session.state is State.RUNNING and not (host and host.silent):
             left = max(0.0, session.changed_at + session.lifetime_s - self._clock.wall())
         return Desktop(
             sid=session.sid,

@@ -27,7 +27,7 @@ LONGEST_TEXT = 400
 
 PURPOSES = {
     SCHEDULER_COMMANDS: "Launches and stops for the scheduler",
-    SCHEDULER_QUESTIONS: "What would become of a launch?",
+    SCHEDULER_QUESTIONS: "Questions of the launch pages to the scheduler",
     "scheduler.reports": "What guests report to the scheduler",
     "scheduler.heartbeats": "Heartbeats of the hosts",
     DEAD: "Messages that nobody could take",

@@ -19,12 +19,14 @@ from werkzeug.serving import make_server
 from deskfleet.ledger.reader import Wait
 from deskfleet.portal.app import create_app
 from deskfleet.schemas.errors import Reason
-from deskfleet.schemas.messages import LaunchRequested
-from deskfleet.schemas.session import Event, State
-from deskfleet.schemas.verdict import Verdict
+from deskfleet.schemas.messages import DrainRequested, HostDeclaredDead, LaunchRequested, decode
+from deskfleet.schemas.session import Event, Resources, State
+from deskfleet.schemas.topology import SCHEDULER_COMMANDS
+from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 
 SID = "a" * 32
 PATIENCE_MS = 30_000
+SHORT = Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free")
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -113,16 +115,99 @@ def test_one_click_and_each_step_shows_until_the_desktop_opens_by_itself(browser
     expect(page.locator("[aria-current=step] .name")).to_have_text("Taken up")
     site.world.take_up()
     with site.world.writer.begin() as tx:
-        tx.explain(sid, Wait(1, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free"),)), 1.0)
+        tx.explain([(sid, Wait(1, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free"),)), 1.0)])
     expect(page.locator("[aria-current=step] .name")).to_have_text("Host chosen")
     expect(page.locator("#progress")).to_contain_text("You are next")
     expect(page.locator("#progress")).to_contain_text("h1: 2.1 of 4 GiB free")
+    expect(page.locator("#progress")).to_contain_text("at the latest in about 2 min")
+    expect(page).to_have_title("1st in the queue · Linux desktop · Deskfleet")
     session = site.world.reader.session(sid)
     assert session
     for event in (Event.PLACE, Event.ACCEPTED, Event.READY):
         session = site.world.step(session, event)
     page.wait_for_url(f"**/desktop/{sid}")
     page.wait_for_selector("[data-state=connected]")
+    expect(page).to_have_title("Ready · Linux desktop · Deskfleet")
+
+
+def test_what_can_be_expected_stands_beside_each_machine_and_is_asked_once(browser: Browser, site: Site) -> None:
+    site.world.forecast = Forecast(Outlook.WAITS, place=3, estimate_s=700.0, verdicts=(SHORT,))
+    page = site.page(browser, "alice")
+    box = page.locator("article[data-machine=desktop] .outlook")
+    expect(box).to_contain_text("Waits: about 12 min, 3rd in the queue")
+    page.wait_for_timeout(1_500)
+    assert len(site.world.questions) == 1, "nobody changed anything, so nothing is asked again"
+
+
+def test_a_changed_size_is_asked_about_once_it_stays(browser: Browser, site: Site) -> None:
+    page = site.page(browser, "alice")
+    page.goto(f"{site.url}/launch/desktop")
+    expect(page.locator(".outlook")).to_have_text("Starts now")
+    site.world.questions.clear()
+    site.world.forecast = Forecast(Outlook.WAITS, verdicts=(SHORT,))
+    for cpus in ("1", "4", "8"):
+        page.select_option("select[name=cpus]", cpus)
+    expect(page.locator(".outlook p")).to_have_text("Waits; nobody can tell how long")
+    assert [asked.resources.cpus for asked in site.world.questions] == [8]
+    page.click(".outlook summary")
+    expect(page.locator(".outlook li")).to_have_text("h1: 2.1 of 4 GiB free")
+    site.world.forecast = Forecast(Outlook.NEVER, largest=Resources(2, 4096, 64))
+    page.select_option("select[name=memory_mib]", "8192")
+    expect(page.locator(".outlook")).to_contain_text("Never fits: the largest is 2 CPUs, 4 GiB")
+    page.click("button[name=launch]")
+    expect(page.locator("[data-reason=never_fits]")).to_contain_text("The largest that fits is 2 CPUs, 4 GiB")
+    assert page.input_value("select[name=memory_mib]") == "8192", "what was filled in is still there"
+    assert site.world.sent() == []
+
+
+def test_when_the_portal_does_not_answer_the_question_the_form_still_works(browser: Browser, site: Site) -> None:
+    page = site.page(browser, "alice")
+    page.goto(f"{site.url}/launch/desktop")
+    expect(page.locator(".outlook")).to_have_text("Starts now")
+    site.hush()
+    page.select_option("select[name=cpus]", "4")
+    expect(page.locator(".outlook")).to_contain_text("can't be told right now")
+    site.listen(site.port)
+    page.click("button[name=launch]")
+    page.wait_for_url("**/progress/*")
+
+
+def test_waiting_is_cancelled_by_one_click(browser: Browser, site: Site) -> None:
+    waiting = site.world.session(SID, "alice", State.QUEUED)
+    page = site.page(browser, "alice")
+    page.goto(f"{site.url}/progress/{waiting.sid}")
+    page.click("text=Cancel")
+    until(lambda: len(site.world.sent()) == 1, "the stop is sent")
+
+
+def test_a_host_that_falls_silent_turns_the_state_to_unknown_and_back(browser: Browser, site: Site) -> None:
+    site.world.session(SID, "alice", State.RUNNING)
+    page = site.page(browser, "alice")
+    page.goto(f"{site.url}/desktops")
+    badge = page.locator(f"[data-sid='{SID}'] .badge")
+    expect(badge).to_have_text("running")
+    site.world.host("h1", seen_ago=300)
+    expect(badge).to_have_text("unknown")
+    expect(page.locator(f"[data-sid='{SID}']")).to_contain_text("h1 does not answer; the desktop may well run on.")
+    site.world.host("h1", seen_ago=1)
+    expect(badge).to_have_text("running")
+
+
+def test_an_administrator_changes_a_host_without_any_script(browser: Browser, site: Site) -> None:
+    page = site.page(browser, "boss", java_script_enabled=False)
+    page.goto(f"{site.url}/admin/hosts/h1")
+    page.fill("input[name=text]", "New disks on Friday")
+    page.click("#drain")
+    page.wait_for_url("**/admin/")
+    page.goto(f"{site.url}/admin/hosts/h1")
+    page.fill("input[name=name]", "h2")
+    page.click("#declare-dead")
+    expect(page.locator("[role=alert]")).to_contain_text("Nothing was done")
+    page.fill("input[name=name]", "h1")
+    page.click("#declare-dead")
+    page.wait_for_url("**/admin/")
+    messages = [decode(m.type, m.body) for m in site.world.broker.pending(SCHEDULER_COMMANDS)]
+    assert messages == [DrainRequested("h1", True, "boss", "New disks on Friday"), HostDeclaredDead("h1", "boss")]
 
 
 @contextmanager
@@ -236,9 +321,23 @@ def test_no_hostile_name_becomes_more_than_text_on_any_page(browser: Browser, si
     site.world.session(SID, HOSTILE, State.RUNNING)
     waiting = site.world.session("b" * 32, HOSTILE, State.QUEUED)
     site.world.host("h1", problems=(HOSTILE,))
+    with site.world.writer.begin() as tx:
+        tx.drain("h1", True, HOSTILE)
+        tx.explain([(waiting.sid, Wait(2, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, HOSTILE),)), 1.0)])
+    site.world.forecast = Forecast(Outlook.NEVER, why=HOSTILE, verdicts=(Verdict("h1", Reason.MEMORY_SHORT, HOSTILE),))
     page = site.page(browser, HOSTILE)
-    for path in ("launch", "launch/desktop", "desktops", f"progress/{waiting.sid}", "admin/", "admin/audit", "nothing"):
+    paths = (
+        "launch",
+        "launch/desktop",
+        "launch/desktop/outlook",
+        "desktops",
+        f"progress/{waiting.sid}",
+        f"desktop/{SID}",
+    )
+    for path in (*paths, "admin/", "admin/hosts/h1", "admin/audit", "nothing"):
         page.goto(f"{site.url}/{path}")
+        if path == "launch":
+            expect(page.locator(".outlook")).to_contain_text(HOSTILE)
         assert page.locator("img").count() == 0, path
 
 
@@ -246,6 +345,12 @@ def test_no_hostile_name_becomes_more_than_text_on_any_page(browser: Browser, si
 def test_every_page_fits_a_phone(browser: Browser, site: Site, scheme: str) -> None:
     site.world.session(SID, "boss", State.RUNNING)
     waiting = site.world.session("b" * 32, "boss", State.QUEUED)
+    with site.world.writer.begin() as tx:
+        tx.drain("h1", True, "Maintenance_" * 30)
+        tx.explain(
+            [(waiting.sid, Wait(2, 90.0, (Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free, " * 20),)), 1.0)]
+        )
+    site.world.forecast = Forecast(Outlook.WAITS, place=3, estimate_s=700.0, verdicts=(SHORT,) * 30)
     page = site.page(browser, "boss", viewport={"width": 360, "height": 740}, color_scheme=scheme)
     paths = (
         "launch",
@@ -254,6 +359,7 @@ def test_every_page_fits_a_phone(browser: Browser, site: Site, scheme: str) -> N
         f"progress/{waiting.sid}",
         f"desktop/{SID}",
         "admin/",
+        "admin/hosts/h1",
         "admin/audit",
     )
     for path in paths:

@@ -78,8 +78,11 @@ def test_a_queue_that_is_away_is_only_blamed_when_it_is(world: World) -> None:
 def test_time_left_counts_from_when_it_ran(world: World) -> None:
     world.session(A, "alice", State.RUNNING, lifetime_s=3600)
     world.clock.now += 600
+    assert found(world).time_left_s is None, "its host is silent, so nobody knows"
+    world.host("h1")
     assert found(world).time_left_s == pytest.approx(3000)
     world.clock.now += 9999
+    world.host("h1")
     assert found(world).time_left_s == 0
     world.session(B, "alice", State.QUEUED)
     assert found(world, B).time_left_s is None
