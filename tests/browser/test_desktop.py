@@ -21,7 +21,7 @@ from demo.smoke import (
     smoke,
     wait_picture,
 )
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 from support.fleets import running_fleet
 from support.screen import identity, read_identity
 
@@ -90,6 +90,17 @@ def test_c15_the_page_connects_only_where_the_server_says(page: Page, fleet: Fle
     page.goto(f"{page.url}?host=127.0.0.1&port=1&path=evil&token=x#host=127.0.0.1&port=1")
     page.wait_for_selector("[data-state=connected]", timeout=PATIENCE_MS)
     assert asked and all(url.startswith(fleet.console_url) for url in asked)
+
+
+def test_before_the_click_the_scheduler_says_what_to_expect(page: Page, fleet: Fleet) -> None:
+    page.goto(f"{fleet.url}/launch")
+    expect(page.locator("article[data-machine=tiny] .outlook")).to_have_text("Starts now", timeout=PATIENCE_MS)
+    fleet.services["scheduler"].kill()
+    page.reload()
+    expect(page.locator("article[data-machine=tiny] .outlook")).to_contain_text("can't be told", timeout=PATIENCE_MS)
+    fleet.services["scheduler"].start()
+    fleet.wait_ready("scheduler")
+    launch(page, fleet.url, "tiny")
 
 
 def test_pages_of_person_and_administrator(browser: Browser, page: Page, fleet: Fleet) -> None:
