@@ -16,7 +16,7 @@ from deskfleet.portal.throttle import counters
 from deskfleet.portal.web import LOGIN, client_address, own_desktop, person
 from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.tickets import LIFETIME_S, Mode, Ticket
-from deskfleet.schemas.verdict import Forecast, Outlook
+from deskfleet.schemas.verdict import Forecast
 
 #: Unanswered requests that one person may have: enough for a class, too few to fill the disk.
 MOST_WAITING = 20
@@ -83,8 +83,9 @@ def launch(wish: Wish, sid: str, via: str) -> tuple[LaunchRequested, bool]:
     if parts.outbox.waiting(who.user) >= MOST_WAITING:
         raise Problem(Refused.TOO_MANY_REQUESTS)
     # When nobody can tell, the launch is stored all the same: the scheduler judges it when it comes.
-    forecast = _ask(message)
-    if forecast and forecast.outlook is Outlook.NEVER:
+    forecast = parts.forecasts.never(message)
+    if forecast is not None:
+        parts.counts.never.inc()
         raise Problem(Refused.NEVER_FITS, words.never(forecast))
     new = parts.outbox.launch(message)
     if new:
@@ -101,13 +102,9 @@ def foresee(wish: Wish) -> tuple[LaunchRequested, Forecast | None]:
     """
     parts = services()
     message = prepare(secrets.token_hex(16), wish, person(), parts.catalogue.machines(), parts.settings)
-    return message, _ask(message)
-
-
-def _ask(message: LaunchRequested) -> Forecast | None:
-    forecast = services().forecasts.ask(message)
-    services().counts.forecasts.labels(forecast.outlook.value if forecast else "unknown").inc()
-    return forecast
+    forecast = parts.forecasts.ask(message)
+    parts.counts.forecasts.labels(forecast.outlook.value if forecast else "unknown").inc()
+    return message, forecast
 
 
 def stop(sid: str) -> Desktop:

@@ -17,15 +17,21 @@ from deskfleet.runtime.bus import Bus, Delivery, Outgoing
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DecodeError
 from deskfleet.schemas.messages import LaunchRequested, PlacementAnswered, PlacementAsked, decode_as, encode
+from deskfleet.schemas.session import Resources
 from deskfleet.schemas.topology import COMMANDS, QUESTION_TTL_MS, answers_queue
-from deskfleet.schemas.verdict import Forecast
+from deskfleet.schemas.verdict import Forecast, Outlook
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 1.5
 # After a question that nobody answered: long enough that an absent scheduler does not slow every click.
 _QUIET_S = 3.0
+_LATELY_S = 60.0
+_MOST_REMEMBERED = 1_000
 _SCHEDULER = "scheduler"
+
+#: What decides whether a request can ever fit.
+Size = tuple[str, tuple[str, ...], str, Resources, int]
 
 
 class Forecasts:
@@ -43,7 +49,19 @@ class Forecasts:
         self._lock = threading.Lock()
         self._open: dict[str, Future[Forecast | None]] = {}
         self._quiet_until = float("-inf")
+        self._possible: dict[Size, float] = {}
         bus.consume(answers_queue(replica), self._take)
+
+    def never(self, request: LaunchRequested) -> Forecast | None:
+        """The forecast of a request that can never fit; None when it may fit, or nobody can tell.
+
+        What was found possible a moment ago, beside the button that was just pressed, is not asked again: a click
+        shall not wait for an answer that it has.
+        """
+        if self._possible.get(_size(request), 0.0) > self._clock.monotonic():
+            return None
+        forecast = self.ask(request)
+        return forecast if forecast and forecast.outlook is Outlook.NEVER else None
 
     def ask(self, request: LaunchRequested) -> Forecast | None:
         """What would become of `request` if it were made now; None when nobody can tell. Never raises for that."""
@@ -55,7 +73,7 @@ class Forecasts:
             self._open[question] = answer
         try:
             self._publish(question, request).add_done_callback(partial(_not_asked, answer))
-            return answer.result(self._patience_s)
+            forecast = answer.result(self._patience_s)
         except FutureTimeout:
             log.warning("the scheduler did not say what would become of a request within %g s", self._patience_s)
             self._quiet_until = self._clock.monotonic() + _QUIET_S
@@ -63,6 +81,18 @@ class Forecasts:
         finally:
             with self._lock:
                 del self._open[question]
+        if forecast is not None:
+            self._remember(request, forecast)
+        return forecast
+
+    def _remember(self, request: LaunchRequested, forecast: Forecast) -> None:
+        with self._lock:
+            if len(self._possible) >= _MOST_REMEMBERED:
+                self._possible.clear()
+            if forecast.outlook is Outlook.NEVER:
+                self._possible.pop(_size(request), None)
+            else:
+                self._possible[_size(request)] = self._clock.monotonic() + _LATELY_S
 
     def _publish(self, question: str, request: LaunchRequested) -> Future[None]:
         asked = PlacementAsked(
@@ -94,6 +124,10 @@ class Forecasts:
             waiting = self._open.get(answered.question)
         if waiting is not None:  # else it came too late
             _settle(waiting, answered.forecast)
+
+
+def _size(request: LaunchRequested) -> Size:
+    return request.user, request.groups, request.machine, request.resources, request.lifetime_s
 
 
 def _not_asked(answer: Future[Forecast | None], published: Future[None]) -> None:

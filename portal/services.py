@@ -49,6 +49,7 @@ class Counts:
     logins: Counter
     launches: Counter
     forecasts: Counter
+    never: Counter
     tickets: Counter
 
 
@@ -163,6 +164,7 @@ def build(
             metrics.counter("logins", "Tries to log in", ["result"]),
             metrics.counter("launches", "Launches that were stored", ["via"]),
             metrics.counter("forecasts", "What the scheduler said of would-be launches", ["outlook"]),
+            metrics.counter("launches_never_fit", "Launches refused because no host could ever take them"),
             metrics.counter("tickets", "Console tickets handed out"),
         ),
     )

@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from support.bus_harness import TickingClock
@@ -147,6 +148,28 @@ def test_without_an_answer_nobody_can_tell_and_the_next_do_not_wait() -> None:
     stage.clock.now += 60
     assert stage.forecasts.ask(WANT) is None
     assert len(stage.asked()) == 1, "asked again after a while; the first question has died"
+
+
+def test_a_click_does_not_wait_for_what_was_found_possible_a_moment_ago(stage: Stage) -> None:
+    def asked_and_answered(forecast: Forecast, count: int, want: LaunchRequested = WANT) -> Forecast | None:
+        found = stage.pool.submit(stage.forecasts.never, want)
+        stage.answer(stage.asked(count)[-1].question, forecast)
+        return found.result(PATIENCE_S)
+
+    never = Forecast(Outlook.NEVER, largest=Resources(1, 1, 1))
+    assert asked_and_answered(never, 1) == never
+    assert asked_and_answered(WAITS, 2) is None, "what was impossible is asked about again"
+    assert stage.forecasts.never(WANT) is None and len(stage.asked()) == 2, "what was possible is not"
+    for want in (replace(WANT, user="bob"), replace(WANT, groups=()), replace(WANT, resources=Resources(3, 1024, 4))):
+        assert asked_and_answered(never, len(stage.asked()) + 1, want) == never, "another's answer says nothing"
+    stage.clock.now += 61
+    assert asked_and_answered(never, 1) == never, "the others have died by now"
+
+
+def test_only_so_much_is_remembered(stage: Stage) -> None:
+    for number in range(2_500):
+        stage.forecasts._remember(replace(WANT, lifetime_s=60 + number), WAITS)
+    assert len(stage.forecasts._possible) <= 1_000
 
 
 def test_a_broker_that_is_away_means_unknown_at_once(stage: Stage) -> None:
