@@ -246,6 +246,28 @@ def test_config_show_hides_secrets(run: Run, config: Path) -> None:
         assert secret not in shown
 
 
+def test_config_show_tells_of_mail_without_its_password(run: Run, config: Path) -> None:
+    assert "[portal.mail]" not in run("config", "show").stdout
+    secret = config.parent / "mail.secret"
+    secret.write_text("mail-password\n")
+    secret.chmod(0o600)
+    mail = f"""
+[portal.mail]
+server = "mail.example.org"
+sender = "a@example.org"
+user = "portal"
+password_file = "{secret}"
+[ledger]
+"""
+    config.write_text(config.read_text().replace("[ledger]", mail))
+    assert run("config", "check").exit_code == 0, run("config", "check").stderr
+    shown = run("config", "show").stdout
+    assert '[portal.mail]\nserver = "mail.example.org"\nport = 587' in shown and 'password = "***"' in shown
+    assert "mail-password" not in shown and "mail = " not in shown
+    config.write_text(config.read_text().replace('sender = "a@example.org"', 'sender = "nobody"'))
+    assert "portal.mail.sender: is not a mail address" in run("config", "check").stderr
+
+
 # --- against a portal ---------------------------------------------------------------------------------------
 
 
