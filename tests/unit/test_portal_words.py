@@ -48,3 +48,15 @@ def test_a_ladder_stays_in_its_range_and_holds_its_ends(steps: list[int]) -> Non
 
 def test_percent_needs_no_size() -> None:
     assert [words.percent(1, 4), words.percent(5, 0), words.percent(9, 3)] == [25, 0, 100]
+
+
+def test_an_estimate_is_rounded_up_to_whole_minutes() -> None:
+    cases = {0: "1 min", 59: "1 min", 60: "1 min", 61: "2 min", 700: "12 min", 7141: "2 h", 86_399: "1 day"}
+    assert {n: words.about(n) for n in cases} == cases
+
+
+def test_places_are_counted_as_people_do() -> None:
+    assert [words.ordinal(n) for n in (1, 2, 3, 4, 10, 11, 12, 13, 21, 22, 101, 111, 113)] == [
+        *("1st", "2nd", "3rd", "4th", "10th", "11th", "12th", "13th"),
+        *("21st", "22nd", "101st", "111th", "113th"),
+    ]
