@@ -22,7 +22,7 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 #: A writer that stops within a transaction (it was paused, say) must not hold its locks for ever: PostgreSQL ends it.
 _IDLE_MS = 2_500
 #: A server that answers nothing for so long is gone (libpq's tcp_user_timeout).
-_DEAD_MS = 2_000
+_DEAD_MS = 1_500
 
 
 class LedgerError(DeskfleetError):
@@ -42,7 +42,7 @@ def open_engine(url: str, *, read_only: bool = False) -> Engine:
     options = (
         "-c default_transaction_read_only=on" if read_only else f"-c idle_in_transaction_session_timeout={_IDLE_MS}"
     )
-    arguments = {"options": options, "connect_timeout": 3, "tcp_user_timeout": _DEAD_MS, "keepalives_idle": 2}
+    arguments = {"options": options, "connect_timeout": 2, "tcp_user_timeout": _DEAD_MS, "keepalives_idle": 2}
     return create_engine(parsed, pool_pre_ping=True, connect_args=arguments, pool_size=4)
 
 

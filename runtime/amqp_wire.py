@@ -97,6 +97,9 @@ def parameters(
         credentials=pika.PlainCredentials(unquote(parts.username), unquote(parts.password)),
         ssl_options=pika.SSLOptions(tls or ssl.create_default_context(), host) if secure else None,
         heartbeat=heartbeat,
+        # A path that was cut says nothing: the kernel gives the connection up when our own heartbeats stay unanswered
+        # for this long (ms). pika by itself looks only every heartbeat + 5 s.
+        tcp_options={"TCP_USER_TIMEOUT": 2000 * heartbeat},
         blocked_connection_timeout=blocked_timeout,
         socket_timeout=connect_timeout,
         stack_timeout=2 * connect_timeout,

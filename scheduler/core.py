@@ -149,8 +149,9 @@ class Scheduler:
             self._recover()
             return False
         except DBAPIError as error:
+            # Not tried again at once: a ledger that is gone takes its time to say so, and others could go on.
             log.warning("the ledger does not answer: %s", type(error.orig).__name__)
-            self._recover()
+            self.healthy = False
             return False
         except Exception:
             # A fault of ours, met by one message. The rest of its batch must not stay unacknowledged for it, nor

@@ -251,7 +251,9 @@ class Decisions:
         if action.counted:
             self.stats.failed[host] += 1
             self._failed(session.sid, host, action.reason or Reason.ABSENT, action.detail)
-            if state.resting.failed(image, session.sid, now, self._settings.policy.rest):
+            # Commands that a former leader decided and did not live to send are nobody's failure.
+            lost = action.reason is Reason.ABSENT and not self._settled(now)
+            if not lost and state.resting.failed(image, session.sid, now, self._settings.policy.rest):
                 log.warning("%s failed several launches of %s and rests", host, session.machine)
         elif action.event is Event.READY:
             state.resting.worked(image)

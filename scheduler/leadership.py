@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 #: A leader that shows no life for so long is succeeded. Renewed every RENEW_S, with each transaction besides.
 TAKEOVER_S = 2.5
-RENEW_S = 1.0
-#: A leader that lost the broker for so long, or the ledger, steps down.
-PATIENCE_S = 2.0
+RENEW_S = 0.5
+#: A leader that lost the broker for so long steps down; one that lost the ledger does so at once.
+PATIENCE_S = 1.0
 
 
 class Leadership:
@@ -41,6 +41,7 @@ class Leadership:
         self.bus = self._fresh_bus()
         self._seen: tuple[Standing, float] | None = None
         self._renewed = self._connected = clock.monotonic()
+        self._answers = True
 
     def _fresh_bus(self) -> Bus:
         bus = self._make_bus()
@@ -60,9 +61,10 @@ class Leadership:
         except Demoted as error:
             self._step_down(str(error))
         except DBAPIError as error:
-            log.warning("the ledger does not answer: %s", type(error.orig).__name__)
-            self._seen = None
-            if self.scheduler and now - self._renewed >= PATIENCE_S:
+            if self._answers:
+                log.warning("the ledger does not answer: %s", type(error.orig).__name__)
+            self._answers, self._seen = False, None
+            if self.scheduler:
                 self._step_down("the ledger does not answer")
 
     def _stand_by(self, now: float) -> None:
@@ -70,6 +72,7 @@ class Leadership:
             self._seen = None
             return
         standing = self._lease.look()
+        self._answers = True
         if self._seen is None or self._seen[0] != standing:
             self._seen = standing, now
         if standing.owner and now - self._seen[1] < TAKEOVER_S:
@@ -83,7 +86,9 @@ class Leadership:
     def _lead(self, scheduler: Scheduler, now: float) -> None:
         if scheduler.over:
             raise Demoted("somebody else leads")
-        if now - self._connected >= PATIENCE_S:
+        if not scheduler.healthy:
+            self._step_down("the ledger does not answer")
+        elif now - self._connected >= PATIENCE_S:
             self._step_down("the broker can't be reached")
         elif now - self._renewed >= RENEW_S:
             self._lease.renew()

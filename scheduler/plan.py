@@ -154,7 +154,8 @@ def _play(
                 reason = objection(want, host, bare)
                 usable[host.name, shape] = reason is None or reason in _PASSES
             gpu = room.fits(want, overhead) if usable[host.name, shape] else None
-            kept = at.reservations.get(host.name, ())
+            # Who has started needs no room kept: it holds it.
+            kept = [entry for entry in at.reservations.get(host.name, ()) if entry.sid not in starts]
             if gpu is None or not all(entry.spares(want, now, overhead) for entry in kept):
                 refused.add(shape)
                 continue
