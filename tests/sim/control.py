@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from sim.database import Access, PortalStore
 from sim.process import Clock, Process
 from sqlalchemy.exc import DBAPIError
-from support.portals import settings as portal_settings
 
 from deskfleet.ledger.lease import Lease
 from deskfleet.ledger.reader import Reader
@@ -20,6 +19,7 @@ from deskfleet.portal.fleet import Fleet
 from deskfleet.portal.launching import Wish, prepare
 from deskfleet.portal.outbox import Outbox
 from deskfleet.portal.records import Records
+from deskfleet.portal.settings import PortalSchema, PortalSettings
 from deskfleet.runtime.bus import Bus, run_callback
 from deskfleet.scheduler.core import Scheduler
 from deskfleet.scheduler.leadership import Leadership
@@ -30,6 +30,23 @@ if TYPE_CHECKING:
     from sim.world import World
 
 KEYS = ["k" * 40]
+
+
+def portal_settings(wait_s: int) -> PortalSettings:
+    """The portal's settings, as a file would give them."""
+    settings: PortalSettings = PortalSchema().load(
+        {
+            "public_url": "https://portal.test",
+            "console_url": "wss://portal.test/console",
+            "broker_url": "amqp://portal:secret@broker.test/",
+            "database": "sqlite:////nonexistent/portal.db",
+            "secret_key": "s" * 40,
+            "ticket_keys": KEYS,
+            "auth": ["local"],
+            "wait_s": wait_s,
+        }
+    )
+    return settings
 
 
 class Decider(Process):
@@ -53,6 +70,11 @@ class Decider(Process):
 
         lease = Lease(ledger, f"{self.name}-{self.lives}")
         self._leadership = Leadership(lease, self.clock, self._fresh_bus, scheduler)
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has put something off."""
+        return self.alive and not self.paused and bool(self._soon)
 
     def _fresh_bus(self) -> Bus:
         bus: Any = self.connect(topology.core())
@@ -85,7 +107,7 @@ class Portal(Process):
         self.outbox: Outbox
         self.desktops: Desktops
         self.tickets: Tickets
-        self.settings = portal_settings(wait_s=world.wait_s)
+        self.settings = portal_settings(world.wait_s)
 
     def run(self) -> None:
         bus = self.connect()
@@ -100,6 +122,11 @@ class Portal(Process):
         bus.on_connect(self._sweep)
         bus.every(1.0, self._sweep)
         bus.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether it has put something off."""
+        return self.alive and not self.paused and bool(self._soon)
 
     def _sweep(self) -> None:
         self.flush()

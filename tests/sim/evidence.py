@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sim.host import CPUS, MEMORY_MIB, Node, Vm
 from sim.process import Process, Violation
 
+from deskfleet.agent.core import REMEMBER_S
 from deskfleet.agent.journal import Entry
 from deskfleet.runtime.bus import Delivery, Outgoing, Settlement
 from deskfleet.schemas import topology
@@ -28,10 +29,10 @@ from deskfleet.schemas.messages import (
     VmReport,
     VmStart,
     VmStop,
-    decode,
 )
 from deskfleet.schemas.session import State
 from deskfleet.schemas.tickets import LIFETIME_S, Tickets
+from deskfleet.schemas.wire import decode
 
 if TYPE_CHECKING:
     from sim.doors import Console
@@ -56,6 +57,8 @@ class Evidence:
         #: sid -> the host on which it has run, as its journal or the ledger says.
         self.readied: dict[str, str] = {}
         self.ended_itself: set[str] = set()
+        #: When machines ended.
+        self.gone_at: dict[str, float] = {}
         #: Hosts that lost what they ran, and when last; hosts that an administrator wanted to give up.
         self.upset: dict[str, float] = {}
         self.given_up: set[str] = set()
@@ -65,6 +68,9 @@ class Evidence:
         self.signed_at: dict[str, float] = {}
         self._seen_commits = -1
         self._judged: set[str] = set()
+        #: At the last look: hosts that take no new sessions, and where sessions were.
+        self._shut: set[str] = set()
+        self._placed: dict[str, str] = {}
 
     def note(self, text: str) -> None:
         """A line of the event log."""
@@ -155,11 +161,16 @@ class Evidence:
         for other in self.world.nodes.values():
             if sid in other.vms:
                 raise Violation(f"I2: {sid} starts on {node.host} and runs on {other.host}")
-        if sid in self.readied:
+        if sid in self.readied and not self._forgotten(sid):
             raise Violation(f"I2: {sid} starts again on {node.host} after it has run")
         for vm in node.vms.values():
             if set(vm.gpus) & set(gpus):
                 raise Violation(f"I3: a GPU of {node.host} is given to {sid} and {vm.sid}")
+
+    def _forgotten(self, sid: str) -> bool:
+        """An agent remembers an end for ten minutes. What nobody has heard of in that time is beyond knowledge."""
+        known = self.world.ledger.rows("SELECT 1 FROM session_event WHERE sid = ? AND state = 'running'", sid)
+        return not known and self.world.time.now - self.gone_at.get(sid, self.world.time.now) > REMEMBER_S
 
     def ready(self, node: Node, sid: str) -> None:
         """It runs, and its journal says so: from now on it may never start again."""
@@ -236,6 +247,8 @@ class Evidence:
         if self.world.ledger.commits == self._seen_commits:
             return
         self._seen_commits = self.world.ledger.commits
+        shut = {host for (host,) in self.world.ledger.rows("SELECT name FROM host WHERE draining OR dead")}
+        placed: dict[str, str] = {}
         used: dict[str, list[int]] = {}
         gpus: dict[str, list[str]] = {}
         query = (
@@ -252,10 +265,14 @@ class Evidence:
             if state == "running":
                 self.readied.setdefault(sid, host)
             if state != "queued":
+                placed[sid] = host
+                if host in self._shut & shut and self._placed.get(sid) != host:
+                    raise Violation(f"I10: {sid} was placed on {host}, which is drained or dead")
                 usage = used.setdefault(host, [0, 0])
                 usage[0] += cpus
                 usage[1] += memory + self.world.settings.policy.guest_overhead_mib
                 gpus.setdefault(host, []).extend(json.loads(addresses))
+        self._shut, self._placed = shut, placed
         for host, (cpus, memory) in used.items():
             if cpus > CPUS * self.world.settings.policy.cpu_overcommit or memory > MEMORY_MIB:
                 raise Violation(f"I10: {host} has promised {cpus} CPUs and {memory} MiB")
@@ -270,7 +287,9 @@ class Evidence:
         request = self.requests.get(sid)
         now, asked_at = self.world.time.now, self.asked_at.get(sid, 0.0)
         true = {
-            "lost": host in self.given_up if reason == "host_dead" else self.upset.get(host, -1.0) >= asked_at,
+            "lost": host in self.given_up
+            if reason == "host_dead"
+            else self.upset.get(host, -1.0) >= asked_at or now - self.gone_at.get(sid, now) > REMEMBER_S,
             "guest_off": sid in self.ended_itself,
             "stopped": sid in self.stop_asked,
             "cancelled": sid in self.stop_asked,

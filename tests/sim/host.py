@@ -231,6 +231,7 @@ class Node(Process):
         vm = self.vms.pop(sid, None)
         if vm:
             vm.exists = False
+            self.world.evidence.gone_at[sid] = self.world.time.now
             for proxy in self.world.proxies:
                 proxy.guest_gone(vm)
 

@@ -12,8 +12,9 @@ from deskfleet.runtime.memory_bus import MemoryBroker, MemoryBus
 from deskfleet.schemas.topology import Topology
 
 
-class Violation(AssertionError):
-    """Raised when an invariant does not hold; the message begins with its number."""
+class Violation(BaseException):
+    """Raised when an invariant does not hold; the message begins with its number. Not an Exception: the product, in
+    the midst of which it may be raised, must not log it away."""
 
 
 class Crash(BaseException):

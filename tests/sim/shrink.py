@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "deploy")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sim.steps import Step  # noqa: E402  the path comes first
-from sim.walk import Walk  # noqa: E402
+from sim.process import Violation
+from sim.steps import Step
+from sim.walk import Walk
 
 KEPT = Path(__file__).parent / "kept"
 #: So many repeats are tried to make a walk shorter.
@@ -29,8 +29,10 @@ def symptom(walk: Walk) -> str:
     """What a walk shows: the number of the invariant that it breaks, another error's name, or nothing."""
     try:
         walk.run()
+    except Violation as violation:
+        return str(violation).partition(":")[0]
     except Exception as error:  # noqa: BLE001  however it shows
-        return str(error).partition(":")[0] if isinstance(error, AssertionError) else type(error).__name__
+        return type(error).__name__
     return ""
 
 

@@ -15,9 +15,10 @@ from deskfleet.runtime.bus import Outgoing
 from deskfleet.runtime.memory_queues import Pending
 from deskfleet.schemas import topology
 from deskfleet.schemas.host import GuestReport, Phase
-from deskfleet.schemas.messages import StopRequested, VmReport, encode
+from deskfleet.schemas.messages import StopRequested, VmReport
 from deskfleet.schemas.session import Outcome
 from deskfleet.schemas.tickets import Mode, Ticket, Tickets
+from deskfleet.schemas.wire import encode
 
 Step = tuple[Any, ...]
 
@@ -110,7 +111,7 @@ class Steps:
     def knock(self, proxy: str, index: int) -> str:
         """A viewer comes to a proxy with a ticket, a new one or an old one."""
         door = self.world.processes[proxy]
-        return door.knock(self.tickets[index % len(self.tickets)]) if self.tickets else ""
+        return door.knock(self.tickets[index]) if index < len(self.tickets) else ""
 
     def go_on(self, proxy: str, index: int) -> str:
         """The network moves one step for a viewer."""

@@ -49,7 +49,7 @@ FAULTS = (
 )
 #: An agent that can't write keeps refusals in memory alone, and forgets them when it dies.
 NOT_WITH_DISK = frozenset({"kill_agent", "kill_agent_at", "reboot", "reboot_moved"})
-STEPS = 160
+STEPS = 250
 USERS = ("ann", "bo", "zoë")
 
 
@@ -60,24 +60,28 @@ class Chooser:
         self.world = world
         self.steps = steps
         self.rng = rng
+        #: What follows from earlier steps and happens soon.
+        self._planned: list[Step] = []
         self._usual: list[Callable[[], Step | None]] = [
-            *[self._deliver] * 9,
-            *[self._work] * 6,
-            *[self._flush] * 4,
-            *[self._wait] * 4,
-            *[self._launch] * 2,
-            self._person,
-            *[self._viewer] * 2,
+            *[self._wait] * 5,
+            *[self._launch] * 4,
+            *[self._person] * 3,
+            *[self._viewer] * 4,
         ]
         self._bad = [fault for fault in FAULTS if fault in world.faults and hasattr(self, f"_{fault}")]
 
     def next(self) -> Step:
         """One step."""
         while True:
-            if self._bad and self.rng.random() < 0.13:
+            draw = self.rng.random()
+            if draw < 0.08 and self._bad:
                 step = getattr(self, f"_{self.rng.choice(self._bad)}")()
-            elif self.rng.random() < 0.1:
+            elif draw < 0.18:
                 step = self._mend()
+            elif draw < 0.25 and self._planned:
+                step = self._planned.pop(0)
+            elif draw < 0.75:
+                step = self._progress()
             else:
                 step = self.rng.choice(self._usual)()
             if step:
@@ -85,25 +89,30 @@ class Chooser:
 
     # --- what goes on anyway --------------------------------------------------------------------------------
 
-    def _deliver(self) -> Step | None:
-        broker = self.world.broker
-        waiting = [q for q in broker.queues() if q != "dead" and broker.pending(q)]
-        return ("deliver", self.rng.choice(waiting), self.rng.choice([1, 1, 2, 5])) if waiting else None
-
-    def _work(self) -> Step | None:
-        busy = [node for node in self.world.nodes.values() if node.todo and node.alive and not node.paused]
-        if not busy:
-            return None
-        node = self.rng.choice(busy)
-        faults = self.world.faults
-        wrong = ("start_fails" in faults or "hangs" in faults) and self.rng.random() < 0.15
-        return "work", node.host, self.rng.randrange(len(node.todo)) if "slow" in faults else 0, wrong
-
-    def _flush(self) -> Step:
-        return "flush", self.rng.choice([*(d.name for d in self.world.deciders), "portal"])
+    def _progress(self) -> Step | None:
+        """Something that waits to be done is done: a message is delivered, a batch committed, a guest started."""
+        world, rng, faults = self.world, self.rng, self.world.faults
+        steps: list[Step] = []
+        for queue in world.broker.queues():
+            if queue != "dead" and world.broker.pending(queue):
+                steps.append(("deliver", queue, rng.choice([1, 1, 2, 10])))
+        for process in (*world.deciders, world.portal):
+            if process.busy:
+                steps += [("flush", process.name)] * 2
+        for node in world.nodes.values():
+            if node.todo and node.alive and not node.paused:
+                wrong = ("start_fails" in faults or "hangs" in faults) and rng.random() < 0.15
+                index = rng.randrange(len(node.todo)) if "slow" in faults else 0
+                steps += [("work", node.host, index, wrong)] * 2
+        for proxy in world.proxies:
+            if proxy.opening:
+                steps.append(("go_on", proxy.name, rng.randrange(len(proxy.opening))))
+        return rng.choice(steps) if steps else None
 
     def _wait(self) -> Step:
-        return "wait", self.rng.choice([0.1, 1.0, 1.0, 3.0, 12.0])
+        if self.rng.random() < 0.01:
+            return "wait", 700.0
+        return "wait", self.rng.choice([0.1, 0.5, 1.0, 1.0, 2.0, 5.0, 12.0, 40.0])
 
     def _launch(self) -> Step:
         rng = self.rng
@@ -135,16 +144,20 @@ class Chooser:
         return ("power_off", sid) if sid else None
 
     def _viewer(self) -> Step | None:
-        door = self.rng.choice(self.world.proxies)
-        if door.opening and self.rng.random() < 0.7:
-            return "go_on", door.name, self.rng.randrange(len(door.opening))
-        if door.consoles and self.rng.random() < 0.1:
-            return "leave", door.name, self.rng.randrange(len(door.consoles))
-        if self.steps.tickets and self.rng.random() < 0.5:
-            newest = len(self.steps.tickets) - 1
-            return "knock", door.name, newest if self.rng.random() < 0.6 else self.rng.randrange(newest + 1)
+        rng, door = self.rng, self.rng.choice(self.world.proxies)
+        if door.consoles and rng.random() < 0.15:
+            return "leave", door.name, rng.randrange(len(door.consoles))
+        held = len(self.steps.tickets)
+        if held and rng.random() < 0.3:
+            return "knock", door.name, rng.randrange(max(0, held - 6), held)
         sid = self._running()
-        return ("ticket", sid, f"{self.rng.getrandbits(128):032x}") if sid else None
+        if not sid:
+            return None
+        nonce = f"{rng.getrandbits(128):032x}"
+        self._planned.append(("knock", door.name, held))
+        if "odd_ticket" in self.world.faults and rng.random() < 0.5:
+            return "odd_ticket", sid, nonce, rng.choice(["number", "host", "key"])
+        return "ticket", sid, nonce
 
     def _mend(self) -> Step | None:
         """Something that is broken comes back."""
@@ -172,6 +185,8 @@ class Chooser:
     def _message(self) -> tuple[str, int, int] | None:
         broker = self.world.broker
         waiting = [(q, len(broker.pending(q))) for q in broker.queues() if q != "dead" and broker.pending(q)]
+        # Commands are what matters most; heartbeats and announcements come by the dozen.
+        waiting += [entry for entry in waiting if entry[0].startswith("host.")] * 4
         if not waiting:
             return None
         queue, count = self.rng.choice(waiting)
@@ -261,11 +276,6 @@ class Chooser:
     def _guest_dies(self) -> Step | None:
         sid = self._running()
         return ("guest_dies", sid) if sid else None
-
-    def _odd_ticket(self) -> Step | None:
-        sid = self._running()
-        nonce = f"{self.rng.getrandbits(128):032x}"
-        return ("odd_ticket", sid, nonce, self.rng.choice(["number", "host", "key"])) if sid else None
 
     def _forge(self) -> Step:
         return "forge", self._host(), self._sid(), self.rng.choice(["stop", "gone"])

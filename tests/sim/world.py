@@ -22,6 +22,7 @@ from deskfleet.proxy import server
 from deskfleet.runtime.memory_bus import MemoryBroker
 from deskfleet.scheduler.decisions import Settings
 from deskfleet.scheduler.policy import Policy, Rest
+from deskfleet.scheduler.unit import Limits
 from deskfleet.schemas import topology
 from deskfleet.schemas.machine import Firmware, Format, GpuPolicy, Machine, Os, Range, Video
 
@@ -62,7 +63,8 @@ class World:
         self.wait_s = wait_s
         self.time = Time()
         rest = Rest(first_s=20.0, longest_s=40.0)
-        self.settings = Settings(policy=Policy(cpu_overcommit=2.0, host_reserve_mib=0, rest=rest))
+        policy = Policy(cpu_overcommit=2.0, host_reserve_mib=0, rest=rest)
+        self.settings = Settings(policy=policy, limits=Limits(grace_s=10, connect_s=90))
         self.broker = MemoryBroker(random.Random(seed + 1), self.time)
         self.ledger, self.requests = Database("ledger"), Database("portal")
         self.evidence = Evidence(self)
