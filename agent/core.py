@@ -17,7 +17,11 @@ from typing import Protocol
 from deskfleet.agent.journal import Entry, Journal, JournalError
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu, GuestReport, Phase
-from deskfleet.schemas.messages import HostFence, VmStart, VmStop
+from deskfleet.schemas.messages import (
+    HostFence,
+    VmStart,
+    VmStop,
+)
 from deskfleet.schemas.session import Outcome
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,14 @@ from deskfleet.runtime.bus import Bus, Delivery, Outgoing
 from deskfleet.schemas import topology
 from deskfleet.schemas.errors import DecodeError
 from deskfleet.schemas.host import GuestReport, HostReport, beat_of, inventory_digest
-from deskfleet.schemas.messages import HostFence, HostInventory, VmReport, VmStart, VmStop, decode, encode
+from deskfleet.schemas.messages import (
+    HostFence,
+    HostInventory,
+    VmReport,
+    VmStart,
+    VmStop,
+)
+from deskfleet.schemas.wire import decode, encode
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from deskfleet.schemas import topology
 from deskfleet.schemas.errors import SENTENCES
-from deskfleet.schemas.messages import REGISTRY
 from deskfleet.schemas.session import TRANSITIONS, State
+from deskfleet.schemas.wire import REGISTRY
 
 DOCS = Path(__file__).parent
 
@@ -37,7 +37,8 @@ def messages() -> str:
 
 def queues() -> str:
     """Every queue, what is bound to it, and its arguments."""
-    declared = topology.core() + topology.for_host("HOST") + topology.for_proxy("REPLICA")
+    of_a_process = topology.for_proxy("REPLICA") + topology.for_portal("REPLICA")
+    declared = topology.core() + topology.for_host("HOST") + of_a_process
     lines = ["| queue | takes | arguments |", "| --- | --- | --- |"]
     for queue in declared.queues:
         taken = [f"{b.exchange} / `{b.key or '*'}`" for b in declared.bindings if b.queue == queue.name]

@@ -11,9 +11,9 @@ from sqlalchemy import RowMapping
 
 from deskfleet.schemas.errors import DecodeError, Reason
 from deskfleet.schemas.host import Host, HostReport
-from deskfleet.schemas.messages import decode_as
 from deskfleet.schemas.session import Outcome, Resources, Session, State
 from deskfleet.schemas.verdict import Verdict
+from deskfleet.schemas.wire import decode_as
 
 _HEARTBEAT = "host.heartbeat.v1"
 

@@ -21,9 +21,9 @@ from deskfleet.ledger.reader import Wait, all_hosts, live_sessions
 from deskfleet.ledger.rows import figures_text, session_values, to_session, verdicts_text
 from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.host import Host, HostReport
-from deskfleet.schemas.messages import encode
 from deskfleet.schemas.session import Event, Session, State
 from deskfleet.schemas.verdict import Verdict
+from deskfleet.schemas.wire import encode
 
 
 class Conflict(DeskfleetError):

@@ -18,8 +18,9 @@ from deskfleet.portal.records import Records
 from deskfleet.runtime.bus import AccessRefused, Bus, BusDown, BusError, Outgoing, QueueDepth, QueueMissing
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.host import Host, HostReport, Phase
-from deskfleet.schemas.messages import DrainRequested, HostDeclaredDead, encode
+from deskfleet.schemas.messages import DrainRequested, HostDeclaredDead
 from deskfleet.schemas.topology import COMMANDS, DEAD, SCHEDULER_COMMANDS, SCHEDULER_QUESTIONS, core, host_queue
+from deskfleet.schemas.wire import encode
 
 _PATIENCE_S = 2.0
 #: The longest maintenance message, in characters.

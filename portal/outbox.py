@@ -22,9 +22,10 @@ from deskfleet.portal.store import Store, upsert
 from deskfleet.runtime.bus import Bus, Outgoing
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DecodeError
-from deskfleet.schemas.messages import LaunchRequested, StopRequested, decode_as, encode
+from deskfleet.schemas.messages import LaunchRequested, StopRequested
 from deskfleet.schemas.session import State
 from deskfleet.schemas.topology import COMMANDS
+from deskfleet.schemas.wire import decode_as, encode
 
 log = logging.getLogger(__name__)
 

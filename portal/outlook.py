@@ -16,10 +16,15 @@ from functools import partial
 from deskfleet.runtime.bus import Bus, Delivery, Outgoing
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DecodeError
-from deskfleet.schemas.messages import LaunchRequested, PlacementAnswered, PlacementAsked, decode_as, encode
+from deskfleet.schemas.messages import (
+    LaunchRequested,
+    PlacementAnswered,
+    PlacementAsked,
+)
 from deskfleet.schemas.session import Resources
 from deskfleet.schemas.topology import COMMANDS, QUESTION_TTL_MS, answers_queue
 from deskfleet.schemas.verdict import Forecast, Outlook
+from deskfleet.schemas.wire import decode_as, encode
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from deskfleet.runtime.metrics import Health
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DecodeError
 from deskfleet.schemas.host import HostBeat, HostReport
-from deskfleet.schemas.messages import SessionChanged, decode
+from deskfleet.schemas.messages import SessionChanged
+from deskfleet.schemas.wire import decode
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from deskfleet.scheduler.unit import Unit
 from deskfleet.schemas import topology
 from deskfleet.schemas.errors import DecodeError, IllegalTransition
 from deskfleet.schemas.host import HostBeat, HostReport
-from deskfleet.schemas.messages import Message, VmReport, decode
+from deskfleet.schemas.messages import Message, VmReport
+from deskfleet.schemas.wire import decode
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from deskfleet.schemas.messages import (
     SessionChanged,
     VmStart,
     VmStop,
-    encode,
 )
 from deskfleet.schemas.session import Event, Outcome, Session, State, advance, place
 from deskfleet.schemas.verdict import Verdict
+from deskfleet.schemas.wire import encode
 
 
 @dataclass(frozen=True, slots=True)

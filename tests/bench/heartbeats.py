@@ -36,8 +36,9 @@ from deskfleet.ledger import tables  # noqa: E402
 from deskfleet.ledger.engine import migrate, open_engine  # noqa: E402
 from deskfleet.schemas import topology  # noqa: E402
 from deskfleet.schemas.host import GuestReport, HostReport, Phase, beat_of, inventory_digest  # noqa: E402
-from deskfleet.schemas.messages import HostBeat, encode  # noqa: E402
+from deskfleet.schemas.messages import HostBeat  # noqa: E402
 from deskfleet.schemas.session import State  # noqa: E402
+from deskfleet.schemas.wire import encode  # noqa: E402
 
 INTERVAL_S = 5.0
 LOGIN = "all-agents"

@@ -19,10 +19,15 @@ from werkzeug.serving import make_server
 from deskfleet.ledger.reader import Wait
 from deskfleet.portal.app import create_app
 from deskfleet.schemas.errors import Reason
-from deskfleet.schemas.messages import DrainRequested, HostDeclaredDead, LaunchRequested, decode
+from deskfleet.schemas.messages import (
+    DrainRequested,
+    HostDeclaredDead,
+    LaunchRequested,
+)
 from deskfleet.schemas.session import Event, Resources, State
 from deskfleet.schemas.topology import SCHEDULER_COMMANDS
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
+from deskfleet.schemas.wire import decode
 
 SID = "a" * 32
 PATIENCE_MS = 30_000

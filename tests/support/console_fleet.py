@@ -31,9 +31,10 @@ from deskfleet.runtime.bus import Outgoing
 from deskfleet.runtime.service import SystemClock
 from deskfleet.schemas import topology
 from deskfleet.schemas.host import Phase, beat_of
-from deskfleet.schemas.messages import Message, SessionChanged, encode
+from deskfleet.schemas.messages import Message, SessionChanged
 from deskfleet.schemas.session import Outcome, State
 from deskfleet.schemas.tickets import Tickets
+from deskfleet.schemas.wire import encode
 
 PATIENCE = 120.0
 KEY = "t" * 48

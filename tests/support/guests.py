@@ -26,8 +26,14 @@ from deskfleet.schemas import topology
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import GuestReport, HostReport, Phase
 from deskfleet.schemas.machine import Machine, parse_machine
-from deskfleet.schemas.messages import HostFence, VmReport, VmStart, VmStop, decode, encode
+from deskfleet.schemas.messages import (
+    HostFence,
+    VmReport,
+    VmStart,
+    VmStop,
+)
 from deskfleet.schemas.session import Outcome, Resources
+from deskfleet.schemas.wire import decode, encode
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 90.0

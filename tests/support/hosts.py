@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 
 from deskfleet.scheduler.filters import Moment, Reservation, Want
 from deskfleet.scheduler.hosts import HostState
 from deskfleet.scheduler.placement import Index
 from deskfleet.scheduler.policy import Policy
 from deskfleet.schemas.host import Gpu, HostReport
+from deskfleet.schemas.machine import Firmware, Format, GpuPolicy, Machine, Os, Range, Video
 from deskfleet.schemas.session import Resources
 
 IMAGE = "a" * 64
 NOW = 1000.0
 POLICY = Policy(host_reserve_mib=0, guest_overhead_mib=0)
+MACHINE = Machine(
+    name="tiny",
+    title="Tiny",
+    text="A machine for tests",
+    os=Os.OTHER,
+    file="tiny.iso",
+    format=Format.ISO,
+    sha256=IMAGE,
+    video=Video.STD,
+    firmware=Firmware.BIOS,
+    cpus=Range(1, 1, 8),
+    memory_mib=Range(64, 512, 1 << 16),
+    disk_gib=Range(1, 1, 64),
+    gpu=GpuPolicy.OPTIONAL,
+    users=("*",),
+)
+
+
+@dataclass
+class ManualClock:
+    """A clock that stands still until it is moved."""
+
+    now: float = NOW
+    shift: float = 0.0
+
+    def monotonic(self) -> float:
+        """See Clock."""
+        return self.now
+
+    def wall(self) -> float:
+        """See Clock; `shift` is how wrong it goes."""
+        return 1.7e9 + self.now + self.shift
 
 
 def gpu(number: int, model: str = "A100", offered: bool = True) -> Gpu:

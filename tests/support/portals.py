@@ -31,9 +31,6 @@ from deskfleet.schemas.messages import (
     PlacementAnswered,
     PlacementAsked,
     StopRequested,
-    decode,
-    decode_as,
-    encode,
 )
 from deskfleet.schemas.session import Event, Outcome, Resources, Session, State, advance, place
 from deskfleet.schemas.topology import (
@@ -47,6 +44,7 @@ from deskfleet.schemas.topology import (
     for_portal,
 )
 from deskfleet.schemas.verdict import Forecast, Outlook
+from deskfleet.schemas.wire import decode, decode_as, encode
 
 PASSWORD = "correct horse battery"
 KEY = "k" * 40

@@ -1,5 +1,8 @@
-"""A TCP relay of our own, so that one of several clients of a server has a path of its own, which can be cut: the
-kernel drops every packet of its port on the loopback interface, as a network that is gone does (nftables; root only)."""
+"""A TCP relay of our own, so that one of several clients of a server has a path of its own, which can be cut.
+
+A cut is the kernel's: it drops every packet of the relay's port on the loopback interface (nftables; root only), as a
+network that is gone does.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,14 @@ from deskfleet.runtime.bus import Delivery, Outgoing
 from deskfleet.runtime.service import Clock, MainLoop
 from deskfleet.schemas import topology
 from deskfleet.schemas.host import GuestReport, HostReport, Phase
-from deskfleet.schemas.messages import HostFence, Message, VmReport, VmStart, VmStop, decode, encode
+from deskfleet.schemas.messages import (
+    HostFence,
+    Message,
+    VmReport,
+    VmStart,
+    VmStop,
+)
+from deskfleet.schemas.wire import decode, encode
 
 
 class StubHost:

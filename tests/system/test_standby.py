@@ -32,8 +32,9 @@ from deskfleet.runtime.amqp import AmqpBus
 from deskfleet.runtime.bus import Outgoing
 from deskfleet.runtime.service import MainLoop, SystemClock
 from deskfleet.schemas import topology
-from deskfleet.schemas.messages import LaunchRequested, encode
+from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.session import Resources, State
+from deskfleet.schemas.wire import encode
 
 IMAGE = "a" * 64
 MACHINE = f"""

@@ -12,7 +12,11 @@ from deskfleet.agent.journal import Entry, JournalError
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu, GuestReport, Phase
 from deskfleet.schemas.machine import Firmware, Format, Os, Video
-from deskfleet.schemas.messages import HostFence, VmStart, VmStop
+from deskfleet.schemas.messages import (
+    HostFence,
+    VmStart,
+    VmStop,
+)
 from deskfleet.schemas.session import Outcome, Resources
 
 IMAGE = "a" * 64

@@ -16,8 +16,13 @@ from deskfleet.runtime.memory_bus import MemoryBroker
 from deskfleet.schemas import topology
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu, GuestReport, HostBeat, HostReport, Phase, beat_of, inventory_digest
-from deskfleet.schemas.messages import HostFence, HostInventory, Message, decode, encode
+from deskfleet.schemas.messages import (
+    HostFence,
+    HostInventory,
+    Message,
+)
 from deskfleet.schemas.session import Outcome
+from deskfleet.schemas.wire import decode, encode
 
 S = "a" * 32
 

@@ -28,10 +28,15 @@ from deskfleet.runtime.service import SystemClock
 from deskfleet.runtime.settings import load
 from deskfleet.schemas.config import SECTIONS
 from deskfleet.schemas.errors import Reason
-from deskfleet.schemas.messages import DrainRequested, HostDeclaredDead, LaunchRequested, decode
+from deskfleet.schemas.messages import (
+    DrainRequested,
+    HostDeclaredDead,
+    LaunchRequested,
+)
 from deskfleet.schemas.session import Event, Outcome, Resources, Session, advance
 from deskfleet.schemas.topology import SCHEDULER_COMMANDS, core
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
+from deskfleet.schemas.wire import decode
 
 TINY = """
 title = "Tiny"

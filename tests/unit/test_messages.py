@@ -15,7 +15,6 @@ from deskfleet.schemas.errors import DecodeError, Reason
 from deskfleet.schemas.host import Gpu, GuestReport, HostBeat, HostReport, Phase, implausible
 from deskfleet.schemas.machine import Firmware, Format, Os, Video
 from deskfleet.schemas.messages import (
-    REGISTRY,
     DrainRequested,
     HostDeclaredDead,
     HostFence,
@@ -29,12 +28,10 @@ from deskfleet.schemas.messages import (
     VmReport,
     VmStart,
     VmStop,
-    decode,
-    decode_as,
-    encode,
 )
 from deskfleet.schemas.session import Outcome, Resources, State
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
+from deskfleet.schemas.wire import REGISTRY, decode, decode_as, encode
 
 SID = "0123456789abcdef" * 2
 SIZE = Resources(2, 512, 4, 1, "A100")

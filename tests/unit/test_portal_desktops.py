@@ -14,10 +14,11 @@ from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import GuestReport, Phase
-from deskfleet.schemas.messages import DrainRequested, LaunchRequested, decode
+from deskfleet.schemas.messages import DrainRequested, LaunchRequested
 from deskfleet.schemas.session import Resources, State
 from deskfleet.schemas.topology import DEAD, SCHEDULER_COMMANDS
 from deskfleet.schemas.verdict import Verdict
+from deskfleet.schemas.wire import decode
 
 A, B, C = "a" * 32, "b" * 32, "c" * 32
 

@@ -14,7 +14,8 @@ from deskfleet.portal.auth import Identity
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.launching import Seals, Wish, lifetimes, offered, prepare
 from deskfleet.schemas.machine import Machine, parse_machine
-from deskfleet.schemas.messages import LaunchRequested, decode, encode
+from deskfleet.schemas.messages import LaunchRequested
+from deskfleet.schemas.wire import decode, encode
 
 ALICE = Identity("alice", "local", ("lab",))
 SID = "a" * 32

@@ -20,8 +20,6 @@ from deskfleet.schemas.messages import (
     LaunchRequested,
     PlacementAnswered,
     PlacementAsked,
-    decode_as,
-    encode,
 )
 from deskfleet.schemas.session import Resources
 from deskfleet.schemas.topology import (
@@ -34,6 +32,7 @@ from deskfleet.schemas.topology import (
     for_portal,
 )
 from deskfleet.schemas.verdict import Forecast, Outlook
+from deskfleet.schemas.wire import decode_as, encode
 
 WANT = LaunchRequested("a" * 32, "alice", ("lab",), "desktop", Resources(2, 1024, 4), False, 3600, 600)
 WAITS = Forecast(Outlook.WAITS, place=3, estimate_s=700.0)

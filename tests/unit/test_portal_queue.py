@@ -14,10 +14,11 @@ from deskfleet.ledger.reader import Wait
 from deskfleet.portal.app import create_app
 from deskfleet.portal.outlook import Forecasts
 from deskfleet.schemas.errors import Reason
-from deskfleet.schemas.messages import DrainRequested, HostDeclaredDead, decode
+from deskfleet.schemas.messages import DrainRequested, HostDeclaredDead
 from deskfleet.schemas.session import Resources, State
 from deskfleet.schemas.topology import SCHEDULER_COMMANDS
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
+from deskfleet.schemas.wire import decode
 
 MINE = "a" * 32
 SHORT = Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free")

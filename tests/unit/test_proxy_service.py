@@ -23,8 +23,13 @@ from deskfleet.runtime.memory_bus import MemoryBroker, MemoryBus
 from deskfleet.runtime.settings import SettingsError, load
 from deskfleet.schemas import topology
 from deskfleet.schemas.host import HostReport, Phase, beat_of
-from deskfleet.schemas.messages import Message, SessionChanged, StopRequested, encode
+from deskfleet.schemas.messages import (
+    Message,
+    SessionChanged,
+    StopRequested,
+)
 from deskfleet.schemas.session import State
+from deskfleet.schemas.wire import encode
 
 S = "a" * 32
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sim.world import MACHINE, POLICY, Clock
+from support.hosts import MACHINE, POLICY, ManualClock
 
 from deskfleet.ledger.engine import migrate, open_engine
 from deskfleet.ledger.reader import Reader
@@ -17,15 +17,16 @@ from deskfleet.runtime.memory_bus import MemoryBroker
 from deskfleet.scheduler.core import Scheduler
 from deskfleet.scheduler.decisions import Settings
 from deskfleet.schemas import topology
-from deskfleet.schemas.messages import LaunchRequested, StopRequested, encode
+from deskfleet.schemas.messages import LaunchRequested, StopRequested
 from deskfleet.schemas.session import Resources, State
+from deskfleet.schemas.wire import encode
 
 BAD = "b" * 32
 
 
 class Bench:
     def __init__(self, folder: Path) -> None:
-        self.clock = Clock()
+        self.clock = ManualClock()
         self.broker = MemoryBroker(random.Random(1), self.clock)
         engine = open_engine(f"sqlite:///{folder}/ledger.db")
         migrate(engine)
