@@ -7,8 +7,8 @@ means that somebody else was there first, so the decision must be taken again on
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 from sqlalchemy import Connection, Engine, bindparam, delete, insert, select, update
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
@@ -31,12 +31,29 @@ class Conflict(DeskfleetError):
 
 
 class Transaction:
-    """Changes that are committed together. Made by `Writer.begin`."""
+    """Changes that are committed together. Made by `Writer.begin`.
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        postgresql = connection.dialect.name == "postgresql"
-        self._insert = postgresql_insert if postgresql else sqlite_insert
+    It begins at the first question or change: most of what hosts say changes nothing, and must not cost a commit.
+    """
+
+    def __init__(self, engine: Engine, begin: Callable[[], Connection]) -> None:
+        self._begin = begin
+        self._begun: Connection | None = None
+        self._insert = postgresql_insert if engine.dialect.name == "postgresql" else sqlite_insert
+
+    @property
+    def _connection(self) -> Connection:
+        if self._begun is None:
+            self._begun = self._begin()
+        return self._begun
+
+    def prove(self) -> None:
+        """Begin, if it has not: what goes out to hosts must come from who leads, even when nothing is stored.
+
+        Raises:
+            Demoted: somebody else leads.
+        """
+        _ = self._connection
 
     def add(self, session: Session) -> bool:
         """Record a new request; False when its sid is already known (a repeat of the same request)."""
@@ -232,7 +249,12 @@ class Writer:
         Raises:
             Demoted: somebody else leads.
         """
-        with self._engine.begin() as connection:
-            if self._lease:
-                self._lease.prove(connection)
-            yield Transaction(connection)
+        with ExitStack() as stack:
+
+            def open_it() -> Connection:
+                connection = stack.enter_context(self._engine.begin())
+                if self._lease:
+                    self._lease.prove(connection)
+                return connection
+
+            yield Transaction(self._engine, open_it)

@@ -141,6 +141,8 @@ class Scheduler:
                     job(unit)
                 if self.decisions.queue.soon:
                     self.decisions.queue.run(unit, self._clock.monotonic())
+                if unit.outbox:
+                    tx.prove()
         except Demoted as error:
             log.warning("not decided: %s", error)
             self.healthy, self.over = False, True
