@@ -24,6 +24,8 @@ from deskfleet.schemas.verdict import Verdict
 MOST_ESTIMATES = 200
 #: Seconds for which a reservation is good, and for which estimates are.
 _REPLAN_S = 1.0
+#: So few who wait get an estimate at once.
+_FEW = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,7 @@ class Queue:
         self._reserved: dict[str | None, tuple[Reservation | None, float]] = {}  # kind -> reservation, made at
         self._estimates: dict[str, float] = {}  # sid -> monotonic seconds
         self._estimated = float("-inf")
+        self._estimated_for: set[str] = set()
         self._told: dict[str, tuple[object, ...]] = {}
         self._told_all = float("-inf")
 
@@ -183,9 +186,10 @@ class Queue:
 
     def _estimate(self, blocked: list[Blocked], at: Moment, everything: bool) -> None:
         wants = [entry.want for entry in blocked[:MOST_ESTIMATES] if entry.want]
-        new = any(want.sid not in self._told for want in wants)
-        if not everything and not (new and at.now - self._estimated >= _REPLAN_S):
+        new = any(want.sid not in self._estimated_for for want in wants)
+        due = at.now - self._estimated >= _REPLAN_S or len(wants) <= _FEW
+        if not wants or not (everything or (new and due)):
             return
-        self._estimated = at.now
+        self._estimated, self._estimated_for = at.now, {want.sid for want in wants}
         expected = starts(wants, self._fleet.hosts, self._fleet.leases(at.now), at)
         self._estimates = {sid: start.at for sid, start in expected.items()}
