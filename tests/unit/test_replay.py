@@ -7,6 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.hosts import IMAGE, POLICY, gpu, report
@@ -222,9 +223,9 @@ def stage(tmp_path: Path) -> Stage:
     return Stage(tmp_path)
 
 
-def figures(stage: Stage, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, float]]:
+def figures(stage: Stage, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["--config", str(stage.config), "--json", *arguments], Clock()) == 0
-    found: dict[str, dict[str, float]] = json.loads(capsys.readouterr().out)
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
 
