@@ -30,6 +30,22 @@ class Conflict(DeskfleetError):
     """Raised when a row is no longer as the decision found it. Nothing of the transaction is kept."""
 
 
+# What every launch runs through, built once: building a statement costs several times what running it does.
+_SESSION, _HOST = tables.session.c, tables.host.c
+_ADD = {
+    name: make(tables.session).on_conflict_do_nothing(index_elements=["sid"]).returning(_SESSION.sid)
+    for name, make in (("sqlite", sqlite_insert), ("postgresql", postgresql_insert))
+}
+_SAVE = update(tables.session).where(
+    _SESSION.sid == bindparam("of_sid"),
+    _SESSION.state == bindparam("from_state"),
+    _SESSION.generation == bindparam("from_generation"),
+)
+_NOTE = insert(tables.session_event)
+_CLAIM = update(tables.host).where(_HOST.name == bindparam("of_host"), _HOST.generation == bindparam("from_generation"))
+_EXPLAIN = update(tables.session).where(_SESSION.sid == bindparam("of_sid"), _SESSION.state == State.QUEUED.value)
+
+
 class Transaction:
     """Changes that are committed together. Made by `Writer.begin`.
 
@@ -40,6 +56,7 @@ class Transaction:
         self._begin = begin
         self._begun: Connection | None = None
         self._insert = postgresql_insert if engine.dialect.name == "postgresql" else sqlite_insert
+        self._add = _ADD[engine.dialect.name]
 
     @property
     def _connection(self) -> Connection:
@@ -76,9 +93,8 @@ class Transaction:
             "verdicts": "[]",
             **session_values(session),
         }
-        query = self._insert(tables.session).values(row).on_conflict_do_nothing(index_elements=["sid"])
         # RETURNING, not rowcount: psycopg reports -1 rows for an insert that returns its identity.
-        return self._connection.execute(query.returning(tables.session.c.sid)).first() is not None
+        return self._connection.execute(self._add, row).first() is not None
 
     def session(self, sid: str) -> Session | None:
         """One session as this transaction sees it."""
@@ -100,18 +116,18 @@ class Transaction:
         Raises:
             Conflict: the row is not in `before`'s state and generation any more, or a GPU is held by another session.
         """
-        query = (
-            update(tables.session)
-            .where(
-                tables.session.c.sid == before.sid,
-                tables.session.c.state == before.state.value,
-                tables.session.c.generation == before.generation,
-            )
-            .values({**session_values(after), "verdicts": verdicts_text(verdicts)})
-        )
-        if self._connection.execute(query).rowcount != 1:
+        row = {
+            "of_sid": before.sid,
+            "from_state": before.state.value,
+            "from_generation": before.generation,
+            "verdicts": verdicts_text(verdicts),
+            **session_values(after),
+        }
+        if self._connection.execute(_SAVE, row).rowcount != 1:
             raise Conflict(f"session {before.sid} is no longer {before.state} under {before.generation}")
-        if (before.host, before.gpu_addresses) != (after.host, after.gpu_addresses) or not after.on_host:
+        held = (before.host, before.gpu_addresses) if before.on_host else ("", ())
+        holds = (after.host, after.gpu_addresses) if after.on_host else ("", ())
+        if held != holds and (held[1] or holds[1]):
             self._hold_gpus(after)
         self.note(after, event)
 
@@ -127,27 +143,23 @@ class Transaction:
 
     def note(self, session: Session, event: Event) -> None:
         """Write a step to a session's timeline."""
-        self._connection.execute(
-            insert(tables.session_event).values(
-                sid=session.sid,
-                at=session.changed_at,
-                event=event.value,
-                state=session.state.value,
-                host=session.host,
-                reason=session.reason.value if session.reason else None,
-                detail=session.detail,
-            )
-        )
+        row = {
+            "sid": session.sid,
+            "at": session.changed_at,
+            "event": event.value,
+            "state": session.state.value,
+            "host": session.host,
+            "reason": session.reason.value if session.reason else None,
+            "detail": session.detail,
+        }
+        self._connection.execute(_NOTE, row)
 
     def explain(self, rows: Sequence[tuple[str, Wait, float]]) -> None:
         """Store what keeps waiting sessions (by sid) from starting, and how many seconds each has waited."""
         if not rows:
             return
-        query = update(tables.session).where(
-            tables.session.c.sid == bindparam("of_sid"), tables.session.c.state == State.QUEUED.value
-        )
         self._connection.execute(
-            query,
+            _EXPLAIN,
             [
                 {
                     "of_sid": sid,
@@ -181,12 +193,8 @@ class Transaction:
         Raises:
             Conflict: the host's number is not `generation` any more.
         """
-        query = (
-            update(tables.host)
-            .where(tables.host.c.name == host, tables.host.c.generation == generation)
-            .values(generation=generation + 1)
-        )
-        if self._connection.execute(query).rowcount != 1:
+        row = {"of_host": host, "from_generation": generation, "generation": generation + 1}
+        if self._connection.execute(_CLAIM, row).rowcount != 1:
             raise Conflict(f"host {host} is no longer at generation {generation}")
         return generation + 1
 

@@ -51,6 +51,7 @@ class _Queue:
     owner: object | None
     messages: list[Pending] = field(default_factory=list)
     consumers: list[Consumer] = field(default_factory=list)
+    expiring: bool = False  # whether any message that was put in may expire
 
     def argument(self, name: str) -> int | None:
         value = self.spec.arguments.get(name)
@@ -78,7 +79,8 @@ class Queues:
         self._clock = clock
         self._kinds: dict[str, str] = {"": "direct"}
         self._queues: dict[str, _Queue] = {}
-        self._bindings: dict[tuple[str, str, str], None] = {}
+        # By exchange, and then by binding key: what is bound, in order.
+        self._bindings: dict[str, dict[str, dict[str, None]]] = {}
 
     def declare(self, topology: Topology, owner: object) -> None:
         """Create what does not exist yet; `owner` is the connection that an exclusive queue dies with."""
@@ -87,7 +89,7 @@ class Queues:
         for queue in topology.queues:
             self._queues.setdefault(queue.name, _Queue(queue, owner if queue.exclusive else None))
         for binding in topology.bindings:
-            self._bindings[binding.exchange, binding.key, binding.queue] = None
+            self._bindings.setdefault(binding.exchange, {}).setdefault(binding.key, {})[binding.queue] = None
 
     def names(self) -> list[str]:
         """All queues, sorted."""
@@ -117,12 +119,12 @@ class Queues:
         """The queues that a message goes to, each once, in the order of their bindings."""
         if exchange == "":
             return [key] if key in self._queues else []
-        kind = self._kinds.get(exchange)
+        kind, bound = self._kinds.get(exchange), self._bindings.get(exchange, {})
         found: dict[str, None] = {}
-        for source, pattern, queue in self._bindings:
-            if source == exchange and queue in self._queues and _matches(kind, pattern, key):
-                found[queue] = None
-        return list(found)
+        for pattern in (key,) if kind == "direct" else bound:
+            if pattern in bound and _matches(kind, pattern, key):
+                found.update(bound[pattern])
+        return [queue for queue in found if queue in self._queues]
 
     def put(self, queue: str, message: Pending, ttl: float | None = None) -> bool:
         """Append a message that may wait `ttl` seconds; False when the queue is full and refuses it."""
@@ -137,6 +139,7 @@ class Queues:
         lives = [life for life in (ttl, None if milliseconds is None else milliseconds / 1000) if life is not None]
         expires = self._clock.monotonic() + min(lives) if lives else None
         state.messages.append(replace(message, expires=expires))
+        state.expiring = state.expiring or expires is not None
         return True
 
     def give_back(self, queue: str, message: Pending) -> None:
@@ -202,6 +205,8 @@ class Queues:
         return self._queues[queue]
 
     def _expire(self, state: _Queue) -> None:
+        if not state.expiring:
+            return
         now = self._clock.monotonic()
         gone = [m for m in state.messages if m.expires is not None and m.expires <= now]
         if gone:
@@ -212,7 +217,9 @@ class Queues:
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:
             del self._queues[name]
-            self._bindings = {entry: None for entry in self._bindings if entry[2] != name}
+            for bound in self._bindings.values():
+                for queues in bound.values():
+                    queues.pop(name, None)
 
 
 def _matches(kind: str | None, pattern: str, key: str) -> bool:

@@ -92,12 +92,13 @@ def never_fits(want: Want, machine: Machine, fleet: Fleet, policy: Policy, settl
             why=f"{SENTENCES[Reason.NEVER_FITS]} One person may have at most: {_caps(policy)}.",
             verdicts=(Verdict("", Reason.USER_CAP, cap),),
         )
-    known = [host for host in fleet.hosts.values() if host.report and not host.distrust]
-    if not settled or not known:
+    hosts = fleet.hosts.values()
+    if not settled or any(_could_give(size, host, policy) for host in hosts if _eligible(want, host)):
+        return None
+    known = [host for host in hosts if host.report and not host.distrust]
+    if not known:
         return None
     eligible = [host for host in known if _eligible(want, host)]
-    if any(_could_give(size, host, policy) for host in eligible):
-        return None
     largest = largest_of(machine, want, eligible, policy)
     reason = Reason.GPU_NONE if size.gpus and not any(_has_gpu(size, host) for host in eligible) else Reason.NEVER_FITS
     if not eligible:
@@ -113,6 +114,8 @@ def _caps(policy: Policy) -> str:
 
 
 def _eligible(want: Want, host: HostState) -> bool:
+    if host.report is None or host.distrust:
+        return False
     inside = want.confined is None or bool(want.confined & host.pools)
     return want.labels <= host.labels and inside and (not host.exclusive or bool(want.admitted & host.exclusive))
 
