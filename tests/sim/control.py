@@ -76,6 +76,11 @@ class Decider(Process):
         """Whether it has put something off."""
         return self.alive and not self.paused and bool(self._soon)
 
+    @property
+    def leads(self) -> bool:
+        """Whether it believes to lead."""
+        return self.alive and self._leadership.scheduler is not None
+
     def _fresh_bus(self) -> Bus:
         bus: Any = self.connect(topology.core())
         return bus

@@ -36,6 +36,8 @@ class Database:
     def __init__(self, which: str) -> None:
         self.away = False
         self.fail = ""
+        #: Of how many changes a commit must be to fail: most are the beats of who leads, and what hosts report.
+        self.least = 1
         #: Grows with each commit that took effect.
         self.commits = 0
         self.engine = _engine(which)
@@ -49,6 +51,16 @@ class Database:
     def rows(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         """Evidence: what is really stored, by a query of the checker's own."""
         return self._raw.execute(query, values).fetchall()
+
+    @property
+    def open(self) -> bool:
+        """Whether a transaction is open."""
+        return self._raw.in_transaction
+
+    @property
+    def changes(self) -> int:
+        """How many rows were ever changed."""
+        return self._raw.total_changes
 
     def mend(self) -> None:
         """No more faults."""
@@ -74,8 +86,11 @@ class Access:
         if database.away:
             raise database.refuse()
         with database.engine.begin() as connection:
+            before = database.changes
             yield connection
-            fail, database.fail = database.fail, ""
+            fail = ""
+            if database.changes - before >= database.least:
+                fail, database.fail = database.fail, ""
             self._process.point()
             if fail == "before":
                 raise database.refuse()

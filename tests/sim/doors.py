@@ -159,7 +159,10 @@ class Door(Process):
             return refusal.reason
         viewer.opening = self.server._open(viewer, admission)
         self.opening.append(viewer)
-        return self.go_on(viewer)
+        word = self.go_on(viewer)
+        if word == "opening":
+            self.world.evidence.let_in(self, admission.ticket.sid)
+        return word
 
     def go_on(self, viewer: Viewer) -> str:
         """The network moves one step for a viewer."""

@@ -35,7 +35,7 @@ from deskfleet.schemas.tickets import LIFETIME_S, Tickets
 from deskfleet.schemas.wire import decode
 
 if TYPE_CHECKING:
-    from sim.doors import Console
+    from sim.doors import Console, Door
     from sim.world import World
 
 _OVER = (State.STOPPING, State.ENDED)
@@ -64,6 +64,8 @@ class Evidence:
         self.given_up: set[str] = set()
         #: What the schedulers told the hosts, in order.
         self.decisions: list[tuple[str, str, bytes]] = []
+        #: Whatever concerned a session, with the login of who sent it.
+        self.sent: list[tuple[str, Outgoing]] = []
         self.uses: Counter[str] = Counter()
         self.signed_at: dict[str, float] = {}
         self._seen_commits = -1
@@ -90,6 +92,8 @@ class Evidence:
             if sid in self._judged or kind != "launch":
                 continue
             self._judged.add(sid)
+            if self.world.ledger.away:
+                raise Violation(f"I1: {sid} was given up by the portal, and nobody could know whether it runs")
             if self.world.ledger.rows("SELECT 1 FROM session WHERE sid = ?", sid):
                 raise Violation(f"I1: {sid} was told to have come too late, and is known")
             if self.world.time.now - self.asked_at[sid] < self.requests[sid].wait_s:
@@ -99,8 +103,12 @@ class Evidence:
 
     def published(self, process: Process, message: Outgoing) -> None:
         self.log.update(f"{process.name}>{message.routing_key} {message.type}".encode() + message.body)
+        if message.correlation_id:
+            self.sent.append((process.login, message))
         if message.exchange == topology.COMMANDS and message.routing_key.startswith("host."):
             self.decisions.append((message.routing_key, message.type, message.body))
+            if self.world.ledger.open:
+                raise Violation(f"I2: {message.routing_key} is told {message.type}, which is not stored yet")
         elif isinstance(process, Node) and message.type == "vm.report.v1":
             report = decode(message.type, message.body)
             assert isinstance(report, VmReport)
@@ -122,6 +130,8 @@ class Evidence:
         if how is not Settlement.ACK:
             return
         if delivery.queue == topology.SCHEDULER_COMMANDS:
+            if self.world.ledger.open:
+                raise Violation(f"I1: {delivery.type} is acknowledged before the commit")
             message = decode(delivery.type, delivery.body)
             if isinstance(message, LaunchRequested | StopRequested) and not self.world.ledger.rows(
                 "SELECT 1 FROM session WHERE sid = ?", message.sid
@@ -146,6 +156,9 @@ class Evidence:
         stored = node.disk.entries.get(entry.sid)
         if stored is None or stored.generation != entry.generation or not stored.live:
             raise Violation(f"I2: {node.host} launches {entry.sid}, which is not in its journal")
+        others = [other.generation for sid, other in node.disk.entries.items() if sid != entry.sid]
+        if node.disk.generation is None or entry.generation <= max([node.disk.generation, *others]):
+            raise Violation(f"I2: {node.host} launches {entry.sid} under {entry.generation}, which is not above all others")
         assert entry.start
         offered = {address for gpu in node.seen if gpu.offered for address in gpu.functions}
         held = {address for vm in node.vms.values() for address in vm.gpus}
@@ -217,6 +230,11 @@ class Evidence:
                 del self.readied[sid]
 
     # --- consoles -------------------------------------------------------------------------------------------
+
+    def let_in(self, door: Door, sid: str) -> None:
+        """A proxy takes a ticket and dials."""
+        if sid in door.told_over:
+            raise Violation(f"I7: {door.name} lets a viewer in to {sid}, whose end it was told")
 
     def opened(self, proxy: Process, console: Console) -> None:
         """A viewer sees a desktop."""

@@ -3,6 +3,7 @@ and repeated; a step that has become pointless because others were left out does
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sim.control import KEYS
@@ -170,6 +171,13 @@ class Steps:
             again = Outgoing(old.exchange, old.routing_key, old.type, old.body, old.correlation_id, old.durable, False)
             self.world.broker.accept(again, old.sender)
 
+    def echo(self, kind: str, key: str, sid: str, index: int) -> None:
+        """A message comes once more, long after."""
+        copies = [m for _, m in self.world.evidence.sent if (m.type, m.routing_key, m.correlation_id) == (kind, key, sid)]
+        if copies:
+            login = next(login for login, m in self.world.evidence.sent if m is copies[index % len(copies)])
+            self.world.broker.accept(replace(copies[index % len(copies)], mandatory=False), login)
+
     # --- processes and connections --------------------------------------------------------------------------
 
     def kill(self, name: str) -> None:
@@ -225,8 +233,9 @@ class Steps:
     def database(self, which: str, away: bool) -> None:
         (self.world.ledger if which == "ledger" else self.world.requests).away = away
 
-    def fail_commit(self, which: str, when: str) -> None:
-        (self.world.ledger if which == "ledger" else self.world.requests).fail = when
+    def fail_commit(self, which: str, when: str, least: int) -> None:
+        database = self.world.ledger if which == "ledger" else self.world.requests
+        database.fail, database.least = when, least
 
     def disk(self, host: str, trouble: str) -> None:
         self.world.nodes[host].disk.trouble = trouble

@@ -19,6 +19,7 @@ FAULTS = (
     "duplicate",
     "reorder",
     "delay",
+    "echo",
     "cut",
     "kill_broker",
     "block",
@@ -29,6 +30,7 @@ FAULTS = (
     "kill_portal",
     "kill_proxy",
     "pause",
+    "pause_leader",
     "ledger_away",
     "ledger_commit",
     "portal_store",
@@ -78,7 +80,7 @@ class Chooser:
                 step = getattr(self, f"_{self.rng.choice(self._bad)}")()
             elif draw < 0.18:
                 step = self._mend()
-            elif draw < 0.25 and self._planned:
+            elif draw < 0.3 and self._planned:
                 step = self._planned.pop(0)
             elif draw < 0.75:
                 step = self._progress()
@@ -105,7 +107,7 @@ class Chooser:
                 index = rng.randrange(len(node.todo)) if "slow" in faults else 0
                 steps += [("work", node.host, index, wrong)] * 2
         for proxy in world.proxies:
-            if proxy.opening:
+            if proxy.opening and rng.random() < 0.5:
                 steps.append(("go_on", proxy.name, rng.randrange(len(proxy.opening))))
         return rng.choice(steps) if steps else None
 
@@ -124,7 +126,7 @@ class Chooser:
             rng.choice(USERS),
             "tiny" if rng.random() > 0.03 else "gone",
             rng.choice([1, 1, 2, 4]),
-            rng.choice([256, 512, 1024]),
+            rng.choice([256, 512, 1024, 2048]),
             int(rng.random() < 0.3),
             rng.random() < 0.5,
             rng.choice([60, 600, 36000]),
@@ -155,6 +157,11 @@ class Chooser:
             return None
         nonce = f"{rng.getrandbits(128):032x}"
         self._planned.append(("knock", door.name, held))
+        if rng.random() < 0.3:
+            self._planned.append(("stop", sid, False))
+            if "echo" in self.world.faults:
+                self._planned.append(("echo", "session.changed.v1", f"session.{sid}", sid, rng.randrange(3)))
+                self._planned.append(("knock", door.name, held))
         if "odd_ticket" in self.world.faults and rng.random() < 0.5:
             return "odd_ticket", sid, nonce, rng.choice(["number", "host", "key"])
         return "ticket", sid, nonce
@@ -208,6 +215,13 @@ class Chooser:
         found = self._message()
         return ("delay", *found[:2]) if found else None
 
+    def _echo(self) -> Step | None:
+        sent = self.world.evidence.sent[-80:]
+        if not sent:
+            return None
+        message = self.rng.choice(sent)[1]
+        return "echo", message.type, message.routing_key, message.correlation_id, self.rng.randrange(3)
+
     def _host(self) -> str:
         return self.rng.choice(list(self.world.nodes))
 
@@ -247,16 +261,23 @@ class Chooser:
     def _pause(self) -> Step:
         return "pause", self._process()
 
+    def _pause_leader(self) -> Step | None:
+        leading = [decider.name for decider in self.world.deciders if decider.leads]
+        if not leading:
+            return None
+        self._planned += [("wait", 5.0), ("resume", leading[0]), ("flush", leading[0])]
+        return "pause", leading[0]
+
     def _ledger_away(self) -> Step:
         return "database", "ledger", True
 
     def _ledger_commit(self) -> Step:
-        return "fail_commit", "ledger", self.rng.choice(["before", "after"])
+        return "fail_commit", "ledger", self.rng.choice(["before", "after"]), self.rng.choice([1, 2, 5, 5, 5])
 
     def _portal_store(self) -> Step:
         if self.rng.random() < 0.4:
             return "database", "portal", True
-        return "fail_commit", "portal", self.rng.choice(["before", "after"])
+        return "fail_commit", "portal", self.rng.choice(["before", "after"]), 1
 
     def _disk(self) -> Step:
         return "disk", self._host(), self.rng.choice(["full", "read-only"])
@@ -343,18 +364,21 @@ class Walk:
         live = [sid for sid, state in world.ledger.rows("SELECT sid, state FROM session") if state != "ended"]
         for sid in live:
             world.portal.stop(sid, evidence.requests[sid].user, False)
-        probe = f"{self.seed:032x}"
-        hands.do(("launch", probe, "ann", "tiny", 1, 256, 0, True, 36000))
+        # As large as a host each, so that every host must be of use again.
+        probes = [f"{self.seed:031x}{number}" for number in range(len(world.nodes))]
+        for probe in probes:
+            hands.do(("launch", probe, "ann", "tiny", 4, 256, 0, True, 36000))
         world.rest()
-        left = [row for row in world.ledger.rows("SELECT sid, state FROM session") if row[1] != "ended"]
-        if left != [(probe, "running")]:
-            raise Violation(f"I11: at rest there is {left}, where {probe} should run")
-        hands.do(("ticket", probe, probe))
-        hands.do(("knock", world.proxies[0].name, 0))
+        left = sorted(row for row in world.ledger.rows("SELECT sid, state FROM session") if row[1] != "ended")
+        if left != [(probe, "running") for probe in probes]:
+            raise Violation(f"I11: at rest there is {left}, where {probes} should run")
+        hands.do(("ticket", probes[0], probes[0]))
+        hands.do(("knock", world.proxies[0].name, len(hands.tickets) - 1))
         world.move()
-        if not any(console.vm.sid == probe for console in world.proxies[0].consoles):
-            raise Violation(f"I11: {probe} runs and can't be seen")
-        world.portal.stop(probe, "ann", False)
+        if not any(console.vm.sid == probes[0] for console in world.proxies[0].consoles):
+            raise Violation(f"I11: {probes[0]} runs and can't be seen")
+        for probe in probes:
+            world.portal.stop(probe, "ann", False)
         world.rest()
         if world.proxies[0].consoles:
             raise Violation("I7: a console is open, and nothing runs")
