@@ -1,4 +1,7 @@
-"""deskfleet-agent --config FILE: run this host's agent until SIGTERM. Its guests go on without it."""
+"""deskfleet-agent --config FILE: run this host's agent until SIGTERM. Its guests go on without it.
+
+deskfleet-agent --config FILE preflight [--json]: say whether this machine is fit to be a host.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,10 @@ from pathlib import Path
 
 from deskfleet.agent import accel
 from deskfleet.agent.journal import JournalError
+from deskfleet.agent.preflight import Level, as_json, as_text, look
 from deskfleet.agent.service import AgentError, Service, lock
 from deskfleet.agent.settings import AgentSchema, AgentSettings
+from deskfleet.agent.this_machine import this_machine
 from deskfleet.runtime import log as logs
 from deskfleet.runtime.amqp import AmqpBus
 from deskfleet.runtime.amqp_wire import BadBrokerUrl
@@ -30,18 +35,25 @@ log = logging.getLogger("deskfleet.agent")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until SIGTERM; 0 after an orderly stop, 2 when it can't start as it is set up."""
+    """Run until SIGTERM; 0 after an orderly stop, 2 when it can't start as it is set up. Preflight: 1 when something
+    is bad."""
     parser = argparse.ArgumentParser(prog="deskfleet-agent", description="Runs the guests of this host.")
     parser.add_argument("--config", type=Path, default=Path("/etc/deskfleet/deskfleet.toml"))
     parser.add_argument("--purge", action="store_true", help="end every guest of this host, remove its files, and exit")
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--check", action="store_true", help="only look at the settings")
+    parser.add_argument("command", nargs="?", choices=["run", "preflight"], default="run")
+    parser.add_argument("--json", action="store_true", help="preflight: the findings for programs")
     options = parser.parse_args(arguments)
     logs.configure(options.log_level, "agent")
     try:
         settings: AgentSettings = load(options.config, {"agent": AgentSchema()}, os.environ, SECTIONS)["agent"]
         if options.check:
             return 0
+        if options.command == "preflight":
+            findings = look(this_machine(settings))
+            print(as_json(findings) if options.json else as_text(findings))
+            return int(any(finding.level is Level.BAD for finding in findings))
         with lock(settings.state):
             return asyncio.run(_run(settings, purge=options.purge))
     except (SettingsError, AgentError, JournalError, BadBrokerUrl, OSError) as error:
@@ -67,6 +79,7 @@ async def _run(settings: AgentSettings, *, purge: bool) -> int:
         print(f"{service.purge()} guests ended on {settings.host}")
         return 0
     service.recover()
+    looking = asyncio.create_task(_look_at_machine(service, settings))
     trouble: list[str] = []
     bus.on_fatal(lambda error: _alarm(error, trouble))
     metrics = Metrics("agent")
@@ -75,10 +88,17 @@ async def _run(settings: AgentSettings, *, purge: bool) -> int:
     ops = serve(*address(settings.ops_listen), metrics.registry, lambda: _health(bus, service, trouble), clock)
     notify_systemd("READY=1")
     await service.run(stop)
+    looking.cancel()
     notify_systemd("STOPPING=1")
     await asyncio.to_thread(bus.stop)
     ops.close()
     return 0
+
+
+async def _look_at_machine(service: Service, settings: AgentSettings) -> None:
+    """Tell administrators, with the host, what is not as it should be. Beside the work: guests must not wait for it."""
+    findings = await asyncio.to_thread(look, this_machine(settings, running=True))
+    service.remark([finding.line for finding in findings if finding.level is not Level.GOOD])
 
 
 def _alarm(error: BusError, trouble: list[str]) -> None:

@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -128,6 +128,11 @@ class Service:
             self._problems.append(f"guests get no network: {error}"[:400])
             return "none"
         return "passt"
+
+    def remark(self, problems: Sequence[str]) -> None:
+        """Add to what administrators are told about this host."""
+        known = set(self._problems)
+        self._problems += [problem[:400] for problem in problems if problem[:400] not in known]
 
     def recover(self) -> None:
         """Take over what runs from a former life, and remove what it left behind.
