@@ -90,6 +90,17 @@ class Reader:
         with self._engine.connect() as connection:
             return all_hosts(connection)
 
+    def host(self, name: str) -> Host | None:
+        """One host; None when it never reported."""
+        with self._engine.connect() as connection:
+            row = connection.execute(select(tables.host).where(tables.host.c.name == name)).mappings().first()
+            return to_host(row) if row else None
+
+    def host_names(self) -> list[str]:
+        """The names of all hosts, without reading their reports."""
+        with self._engine.connect() as connection:
+            return list(connection.scalars(select(tables.host.c.name).order_by(tables.host.c.name)))
+
     def timeline(self, sid: str) -> list[SessionEvent]:
         """What happened to a session, oldest first."""
         query = select(tables.session_event).where(tables.session_event.c.sid == sid)

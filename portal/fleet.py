@@ -100,7 +100,7 @@ class Fleet:
     def readable(self) -> bool:
         """Whether the ledger answers."""
         try:
-            self._reader.hosts()
+            self._reader.host_names()
         except DBAPIError:
             return False
         return True
@@ -114,10 +114,13 @@ class Fleet:
 
     def host(self, name: str) -> HostView:
         """One host. Raises Problem when it has never reported."""
-        for view in self.hosts():
-            if view.name == name:
-                return view
-        raise Problem(Refused.NO_SUCH_HOST)
+        try:
+            host = self._reader.host(name)
+        except DBAPIError:
+            raise Problem(Refused.RECORDS_AWAY) from None
+        if host is None:
+            raise Problem(Refused.NO_SUCH_HOST)
+        return self._view(host)
 
     def _view(self, host: Host) -> HostView:
         seen_s = max(0.0, self._clock.wall() - host.seen_at) if host.seen_at else None
@@ -128,7 +131,7 @@ class Fleet:
         """Every queue that the portal knows of, asked at once. Never raises: what does not answer is unknown."""
         names = [queue.name for queue in core().queues]
         with suppress(DBAPIError):  # the page says elsewhere that the ledger is away
-            names += [host_queue(host.name) for host in self._reader.hosts()]
+            names += [host_queue(host) for host in self._reader.host_names()]
         asked = [(name, self._bus.depth(name)) for name in names]
         until = self._clock.monotonic() + _PATIENCE_S
         return [self._queue(name, depth, until) for name, depth in asked]

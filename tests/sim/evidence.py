@@ -158,7 +158,9 @@ class Evidence:
             raise Violation(f"I2: {node.host} launches {entry.sid}, which is not in its journal")
         others = [other.generation for sid, other in node.disk.entries.items() if sid != entry.sid]
         if node.disk.generation is None or entry.generation <= max([node.disk.generation, *others]):
-            raise Violation(f"I2: {node.host} launches {entry.sid} under {entry.generation}, which is not above all others")
+            raise Violation(
+                f"I2: {node.host} launches {entry.sid} under {entry.generation}, which is not above all others"
+            )
         assert entry.start
         offered = {address for gpu in node.seen if gpu.offered for address in gpu.functions}
         held = {address for vm in node.vms.values() for address in vm.gpus}

@@ -72,6 +72,7 @@ _SETTLE = "    for delivery, _ in batch:\n        delivery.ack()\n"
 _TRY = "    if self._attempt([self._job(message) for _, message in batch]):\n"
 _SOON = "            if self.decisions.queue.soon:\n"
 _SEND = "            for message in unit.outbox:\n                self._publish(message)\n"
+_AWAY = '        log.warning("the ledger does not answer: %s", type(error.orig).__name__)\n'
 _ONCE = "if connection.execute(once).first() is None:"
 _READ = "content, signed_at = self._serializer.loads(text, return_timestamp=True)"
 _AGE = "if not -SKEW_S <= int(self._wall()) - signed_at.timestamp() <= LIFETIME_S:"
@@ -114,7 +115,7 @@ MISTAKES: dict[str, tuple[Patch, ...]] = {
     "messages are acknowledged before the commit": (patch("scheduler.core:Scheduler.flush", (_TRY, _SETTLE + _TRY)),),
     "hosts are told before the commit": (patch("scheduler.core:Scheduler._attempt", (_SOON, _SEND + _SOON)),),
     "the cache is kept after a commit that failed": (
-        patch("scheduler.core:Scheduler._recover", ("self._reload()", "self.healthy = True")),
+        patch("scheduler.core:Scheduler._attempt", (_AWAY + "        self.healthy = False\n", _AWAY)),
     ),
     "any login may say anything": (
         patch("scheduler.core:_vouched", ('return not sender.startswith("agent-")', "return True")),

@@ -173,7 +173,9 @@ class Steps:
 
     def echo(self, kind: str, key: str, sid: str, index: int) -> None:
         """A message comes once more, long after."""
-        copies = [m for _, m in self.world.evidence.sent if (m.type, m.routing_key, m.correlation_id) == (kind, key, sid)]
+        copies = [
+            m for _, m in self.world.evidence.sent if (m.type, m.routing_key, m.correlation_id) == (kind, key, sid)
+        ]
         if copies:
             login = next(login for login, m in self.world.evidence.sent if m is copies[index % len(copies)])
             self.world.broker.accept(replace(copies[index % len(copies)], mandatory=False), login)

@@ -272,7 +272,7 @@ class Chooser:
         return "database", "ledger", True
 
     def _ledger_commit(self) -> Step:
-        return "fail_commit", "ledger", self.rng.choice(["before", "after"]), self.rng.choice([1, 2, 5, 5, 5])
+        return "fail_commit", "ledger", self.rng.choice(["before", "after"]), self.rng.choice([2, 3, 5, 5, 5])
 
     def _portal_store(self) -> Step:
         if self.rng.random() < 0.4:

@@ -119,7 +119,9 @@ class World:
         for process in self.processes.values():
             if process.paused_at is not None and self.time.now - process.paused_at > BROKER_PATIENCE_S:
                 process.disconnect()
-        deaths = [self.guard(process.tick) for process in self.processes.values()]
+        # Who leads looks first: in real time it looks several times a second, and nobody would succeed it.
+        order = sorted(self.processes.values(), key=lambda process: process not in self.deciders or not process.leads)
+        deaths = [self.guard(process.tick) for process in order]
         return " ".join(filter(None, deaths))
 
     def move(self) -> None:
