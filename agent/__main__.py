@@ -1,6 +1,7 @@
 """deskfleet-agent --config FILE: run this host's agent until SIGTERM. Its guests go on without it.
 
 deskfleet-agent --config FILE preflight [--json]: say whether this machine is fit to be a host.
+deskfleet-agent enroll BUNDLE [--folder /etc/deskfleet] [--replace]: make this machine the host of a bundle.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from deskfleet.agent import accel
+from deskfleet.agent.enrolment import install
 from deskfleet.agent.journal import JournalError
 from deskfleet.agent.preflight import Level, as_json, as_text, look
 from deskfleet.agent.service import AgentError, Service, lock
@@ -24,11 +26,12 @@ from deskfleet.agent.settings import AgentSchema, AgentSettings
 from deskfleet.agent.this_machine import this_machine
 from deskfleet.runtime import log as logs
 from deskfleet.runtime.amqp import AmqpBus
-from deskfleet.runtime.amqp_wire import BadBrokerUrl
+from deskfleet.runtime.amqp_wire import BadBrokerUrl, trust
 from deskfleet.runtime.bus import BusError
 from deskfleet.runtime.metrics import Health, Metrics, serve
 from deskfleet.runtime.service import SystemClock, notify_systemd
 from deskfleet.runtime.settings import SettingsError, load
+from deskfleet.schemas.bundle import BundleError, parse_bundle
 from deskfleet.schemas.config import SECTIONS, address
 
 log = logging.getLogger("deskfleet.agent")
@@ -42,11 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--purge", action="store_true", help="end every guest of this host, remove its files, and exit")
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--check", action="store_true", help="only look at the settings")
-    parser.add_argument("command", nargs="?", choices=["run", "preflight"], default="run")
+    parser.add_argument("command", nargs="?", choices=["run", "preflight", "enroll"], default="run")
+    parser.add_argument("bundle", nargs="?", type=Path, help="enroll: the file from `deskfleet host enroll`")
+    parser.add_argument("--folder", type=Path, default=Path("/etc/deskfleet"), help="enroll: where settings go")
+    parser.add_argument("--replace", action="store_true", help="enroll: although this machine is a host already")
     parser.add_argument("--json", action="store_true", help="preflight: the findings for programs")
     options = parser.parse_args(arguments)
     logs.configure(options.log_level, "agent")
     try:
+        if options.command == "enroll":
+            return _enroll(options.bundle, options.folder, replace=options.replace)
         settings: AgentSettings = load(options.config, {"agent": AgentSchema()}, os.environ, SECTIONS)["agent"]
         if options.check:
             return 0
@@ -56,9 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(any(finding.level is Level.BAD for finding in findings))
         with lock(settings.state):
             return asyncio.run(_run(settings, purge=options.purge))
-    except (SettingsError, AgentError, JournalError, BadBrokerUrl, OSError) as error:
+    except (SettingsError, AgentError, BundleError, JournalError, BadBrokerUrl, OSError) as error:
         print(f"deskfleet-agent can't start:\n{error}", file=sys.stderr)
         return 2
+
+
+def _enroll(bundle: Path | None, folder: Path, *, replace: bool) -> int:
+    if bundle is None:
+        raise BundleError("say which bundle: deskfleet-agent enroll BUNDLE")
+    settings = install(parse_bundle(bundle.read_text()), folder, replace=replace)
+    print(f"This machine is a host now, by {settings}. Remove the bundle, and start the agent.")
+    return 0
 
 
 async def _run(settings: AgentSettings, *, purge: bool) -> int:
@@ -73,6 +89,7 @@ async def _run(settings: AgentSettings, *, purge: bool) -> int:
         dispatch=loop.call_soon_threadsafe,
         clock=clock,
         rng=random.Random(),  # noqa: S311  jitter of the reconnects
+        tls=trust(settings.broker_ca),
     )
     service = Service(settings, accel.choose(), bus, clock, version("deskfleet"))
     if purge:

@@ -23,6 +23,7 @@ class AgentSettings:
 
     host: str
     broker_url: Secret
+    broker_ca: str
     state: Path
     run: Path
     images: Path
@@ -48,6 +49,7 @@ class AgentSchema(Schema):
 
     host = fields.Str(required=True, validate=validate.Regexp(rf"\A{HOST.pattern}\Z"))
     broker_url = SecretField(required=True)
+    broker_ca = fields.Str(load_default="")
     state = fields.Str(load_default="/var/lib/deskfleet/agent", validate=validate.Regexp(r"\A/"))
     run = fields.Str(load_default="/run/deskfleet", validate=validate.Regexp(rf"\A/.{{1,{_LONGEST_RUN - 1}}}\Z"))
     images = fields.Str(load_default="/var/lib/deskfleet/images", validate=validate.Regexp(r"\A/"))

@@ -20,7 +20,7 @@ from deskfleet.agent.gpus import find_gpus
 from deskfleet.agent.preflight import Machine
 from deskfleet.agent.settings import AgentSettings
 from deskfleet.runtime.amqp import AmqpBus
-from deskfleet.runtime.amqp_wire import BadBrokerUrl
+from deskfleet.runtime.amqp_wire import BadBrokerUrl, trust
 from deskfleet.runtime.bus import BusError
 from deskfleet.runtime.service import SystemClock
 from deskfleet.schemas import topology
@@ -103,6 +103,7 @@ def _broker(settings: AgentSettings) -> tuple[str, int]:
             dispatch=now,
             clock=SystemClock(),
             rng=random.Random(),  # noqa: S311  jitter of the reconnects
+            tls=trust(settings.broker_ca),
         )
     except BadBrokerUrl as error:
         return str(error), 0

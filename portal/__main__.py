@@ -25,7 +25,7 @@ from deskfleet.portal.settings import PortalSchema, PortalSettings
 from deskfleet.portal.store import Store, StoreError
 from deskfleet.runtime import log as logs
 from deskfleet.runtime.amqp import AmqpBus
-from deskfleet.runtime.amqp_wire import BadBrokerUrl
+from deskfleet.runtime.amqp_wire import BadBrokerUrl, trust
 from deskfleet.runtime.metrics import serve
 from deskfleet.runtime.service import MainLoop, SystemClock, notify_systemd
 from deskfleet.runtime.settings import SettingsError, load
@@ -88,6 +88,7 @@ def start(sections: dict[str, Any]) -> Services:
         dispatch=loop.post,
         clock=clock,
         rng=random.Random(),  # noqa: S311  jitter of the reconnects
+        tls=trust(settings.broker_ca),
         declare=for_portal(replica),
     )
     ledger = open_engine(sections["ledger"]["url"], read_only=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from deskfleet.portal import words
+from deskfleet.portal import cli_enrol, words
 from deskfleet.portal.cli_common import Refusal, printable, table
 from deskfleet.portal.cli_portal import Portal, part, remote, show
 
@@ -91,5 +91,8 @@ def declare_dead(portal: Portal, as_json: bool, name: str, yes: bool) -> None:
             raise Refusal("That is not the host's name; nothing was done.")
     _change(portal, as_json, name, "declare-dead", {}, "is declared dead; its desktops are given up.")
 
+
+for _command in cli_enrol.COMMANDS:
+    host.add_command(_command)
 
 COMMANDS: tuple[click.Command, ...] = (hosts, queues, host)

@@ -48,6 +48,7 @@ class PortalSettings:
     public_url: str
     console_url: str
     broker_url: Secret
+    broker_ca: str
     database: Secret
     secret_key: Secret
     ticket_keys: tuple[Secret, ...]
@@ -166,6 +167,7 @@ class PortalSchema(Schema):
     public_url = fields.Str(required=True)
     console_url = fields.Str(required=True)
     broker_url = SecretField(required=True)
+    broker_ca = fields.Str(load_default="")
     database = SecretField(required=True)
     secret_key = SecretField(required=True, validate=validate.Length(min=SHORTEST_KEY))
     ticket_keys = KeysField(required=True)

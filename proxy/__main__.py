@@ -23,7 +23,7 @@ from deskfleet.proxy.stats import Stats
 from deskfleet.proxy.tunnel import Relay
 from deskfleet.runtime import log as logs
 from deskfleet.runtime.amqp import AmqpBus
-from deskfleet.runtime.amqp_wire import BadBrokerUrl
+from deskfleet.runtime.amqp_wire import BadBrokerUrl, trust
 from deskfleet.runtime.metrics import Metrics, serve
 from deskfleet.runtime.service import SystemClock, notify_systemd
 from deskfleet.runtime.settings import SettingsError, load
@@ -84,6 +84,7 @@ async def _run(settings: ProxySettings) -> int:
         dispatch=loop.call_soon_threadsafe,
         clock=clock,
         rng=random.Random(),  # noqa: S311  jitter of the reconnects
+        tls=trust(settings.broker_ca),
         declare=topology.for_proxy(replica),
     )
     routes, stats = RouteTable(settings.keep_s, settings.settle_s), Stats()

@@ -24,6 +24,7 @@ class ProxySettings:
     listen: str
     ops_listen: str
     broker_url: Secret
+    broker_ca: str
     origins: frozenset[str]
     ticket_keys: tuple[Secret, ...]
     tls: tuple[str, str, str] | None
@@ -83,6 +84,7 @@ class ProxySchema(Schema):
     listen = _address("127.0.0.1:8081")
     ops_listen = _address("127.0.0.1:9103")
     broker_url = SecretField(required=True)
+    broker_ca = fields.Str(load_default="")
     origins = fields.List(fields.Str(validate=_origin), required=True, validate=validate.Length(min=1))
     ticket_keys = KeysField(required=True)
     tls_cert = fields.Str(load_default="")

@@ -40,6 +40,20 @@ class _LenientProperties(pika.spec.BasicProperties):  # type: ignore[misc]
 pika.spec.props[pika.spec.BasicProperties.INDEX] = _LenientProperties
 
 
+def trust(authority: str) -> ssl.SSLContext | None:
+    """Which certificate of a broker is believed: one signed by the authority in this PEM file; "" = by the system's.
+
+    Raises:
+        BadBrokerUrl: the file is missing or no certificate.
+    """
+    if not authority:
+        return None
+    try:
+        return ssl.create_default_context(cafile=authority)
+    except (OSError, ssl.SSLError) as error:
+        raise BadBrokerUrl(f"broker_ca {authority}: {getattr(error, 'strerror', None) or error}") from None
+
+
 def text(value: str | bytes | None) -> str:
     """A short string; pika leaves what is not UTF-8 as bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value or ""

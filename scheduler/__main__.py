@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import socket
+import ssl
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from deskfleet.ledger.lease import Lease
 from deskfleet.ledger.writer import Writer
 from deskfleet.runtime import log as logs
 from deskfleet.runtime.amqp import AmqpBus
-from deskfleet.runtime.amqp_wire import BadBrokerUrl
+from deskfleet.runtime.amqp_wire import BadBrokerUrl, trust
 from deskfleet.runtime.metrics import Health, Metrics, serve
 from deskfleet.runtime.secret import Secret
 from deskfleet.runtime.service import Clock, MainLoop, SystemClock, notify_systemd, stop_on_signals
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leadership = Leadership(
             Lease(engine, f"{socket.gethostname()}:{os.getpid()}"),
             clock,
-            partial(_bus, settings["scheduler"]["broker_url"], loop, clock),
+            partial(_bus, settings["scheduler"]["broker_url"], trust(settings["scheduler"]["broker_ca"]), loop, clock),
             lambda lease, bus: Scheduler(Writer(engine, lease), bus, clock, catalogue.machines, rules, loop.post),
         )
         metrics = Metrics("scheduler")
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _bus(url: Secret, loop: MainLoop, clock: Clock) -> AmqpBus:
+def _bus(url: Secret, tls: ssl.SSLContext | None, loop: MainLoop, clock: Clock) -> AmqpBus:
     return AmqpBus(
         url.reveal().split(),
         name="scheduler",
@@ -93,6 +94,7 @@ def _bus(url: Secret, loop: MainLoop, clock: Clock) -> AmqpBus:
         clock=clock,
         rng=random.Random(),  # noqa: S311  jitter of the reconnects
         declare=topology.core(),
+        tls=tls,
         heartbeat=_HEARTBEAT_S,
     )
 

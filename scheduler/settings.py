@@ -89,6 +89,7 @@ class SchedulerSchema(_Section):
     """[scheduler]. Times in seconds, memory and disk in MiB, load per CPU."""
 
     broker_url = SecretField(required=True)
+    broker_ca = fields.Str(load_default="")
     ops_listen = fields.Str(load_default="127.0.0.1:9101", validate=validate.Regexp(rf"\A{ADDRESS.pattern}\Z"))
     policy = fields.Str(load_default="spread", validate=validate.OneOf(["spread", "pack"]))
     weights = fields.Nested(_WeightsSchema, load_default=Weights)
@@ -125,7 +126,11 @@ class SchedulerSchema(_Section):
             max_attempts=data["max_attempts"],
             max_lifetime_s=data["max_lifetime_s"],
         )
-        return {"broker_url": data["broker_url"], "ops_listen": data["ops_listen"], "settings": settings}
+        return {
+            **{name: data[name] for name in ("broker_url", "broker_ca")},
+            "ops_listen": data["ops_listen"],
+            "settings": settings,
+        }
 
 
 _AS_THEY_ARE = (

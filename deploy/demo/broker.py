@@ -6,7 +6,6 @@ name server (epmd), all on the loopback interface, no plugin. Standard library o
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -30,23 +29,6 @@ _LOOPBACK = "-kernel inet_dist_use_interface {127,0,0,1}"
 
 class BrokerFailed(Exception):
     """Raised when the private broker does not start or a command on it fails; holds the end of its output."""
-
-
-def user(login: str, password: str, tags: Iterable[str] = ()) -> dict[str, Any]:
-    """A user of a definitions file: salt + SHA-256(salt + password), RabbitMQ's `rabbit_password_hashing_sha256`."""
-    salt = secrets.token_bytes(4)
-    digest = hashlib.sha256(salt + password.encode()).digest()
-    return {
-        "name": login,
-        "password_hash": base64.b64encode(salt + digest).decode(),
-        "hashing_algorithm": "rabbit_password_hashing_sha256",
-        "tags": ",".join(tags),
-    }
-
-
-def permission(login: str, configure: str, write: str, read: str, vhost: str = "/") -> dict[str, str]:
-    """A permission of a definitions file; each value is a regular expression over queue and exchange names."""
-    return {"user": login, "vhost": vhost, "configure": configure, "write": write, "read": read}
 
 
 def free_port(taken: Iterable[int] = ()) -> int:
@@ -103,7 +85,7 @@ class PrivateBroker:
             "raft.wal_max_size_bytes = 33554432\n"
             + "".join(f"{key} = {value}\n" for key, value in (settings or {}).items())
         )
-        self._environ = {
+        self.environ = {
             "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
             "LANG": "C.UTF-8",
             "HOME": str(folder / "home"),
@@ -166,7 +148,7 @@ class PrivateBroker:
         """Run rabbitmqctl on this node and return its output; raises BrokerFailed. Takes seconds."""
         done = subprocess.run(
             [str(_BIN / "rabbitmqctl"), *arguments],
-            env=self._environ,
+            env=self.environ,
             cwd=self.folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -224,7 +206,7 @@ class PrivateBroker:
         with log.open("ab") as sink:
             return subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *argv],
-                env=self._environ,
+                env=self.environ,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,

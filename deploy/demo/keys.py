@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
-import subprocess
 from pathlib import Path
+
+from deskfleet.runtime.certificates import Authority
 
 
 class Keys:
@@ -15,6 +16,7 @@ class Keys:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
         self.folder = folder
+        self._authority = Authority(folder, "Deskfleet demo")
         self._file = folder / "secrets.json"
         self._known: dict[str, str] = json.loads(self._file.read_text()) if self._file.exists() else {}
 
@@ -35,40 +37,8 @@ class Keys:
     @property
     def ca(self) -> Path:
         """The certificate that signs hosts and proxies; made when it is not there."""
-        path = self.folder / "ca.pem"
-        if not path.exists():
-            subject = ["-subj", "/CN=Deskfleet demo"]
-            _openssl("req", "-x509", *_NEW, "-days", "3650", *subject, "-keyout", _key(path), "-out", str(path))
-        return path
+        return self._authority.certificate
 
     def certificate(self, name: str, usage: str) -> tuple[Path, Path]:
-        """Certificate and key of one party on this machine; `usage` is serverAuth or clientAuth.
-
-        A host's certificate is good for serving only, so a host can't pass for a proxy at another host.
-        """
-        path = self.folder / f"{name}.pem"
-        if not path.exists():
-            request = self.folder / f"{name}.csr"
-            names = f"subjectAltName=DNS:{name}"
-            _openssl("req", *_NEW, "-subj", f"/CN={name}", "-keyout", _key(path), "-out", str(request))
-            extensions = self.folder / f"{name}.ext"
-            extensions.write_text(f"{names}\nextendedKeyUsage={usage}\nbasicConstraints=CA:FALSE\n")
-            signed_by = ["-CA", str(self.ca), "-CAkey", _key(self.ca), "-CAcreateserial"]
-            _openssl(
-                "x509", "-req", "-in", str(request), *signed_by, "-days", "3650",
-                "-extfile", str(extensions), "-out", str(path),
-            )  # fmt: skip
-            request.unlink()
-            extensions.unlink()
-        return path, Path(_key(path))
-
-
-_NEW = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-
-
-def _key(certificate: Path) -> str:
-    return str(certificate.with_suffix(".key"))
-
-
-def _openssl(*arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
+        """Certificate and key of one party on this machine; `usage` is serverAuth or clientAuth."""
+        return self._authority.issue(name, usage)

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT / "deploy"), str(ROOT / "tests")]
 
 import pika  # type: ignore[import-untyped]  # noqa: E402
 import psutil  # noqa: E402
-from demo.broker import PrivateBroker, free_port, permission, user  # noqa: E402
+from demo.broker import PrivateBroker, free_port  # noqa: E402
 from demo.definitions import definitions  # noqa: E402
 from demo.fleet import Service  # noqa: E402
 from demo.keys import Keys  # noqa: E402
@@ -34,6 +34,7 @@ from support.postgres import PrivatePostgres  # noqa: E402
 
 from deskfleet.ledger import tables  # noqa: E402
 from deskfleet.ledger.engine import migrate, open_engine  # noqa: E402
+from deskfleet.runtime.rights import permission, user  # noqa: E402
 from deskfleet.schemas import topology  # noqa: E402
 from deskfleet.schemas.host import GuestReport, HostReport, Phase, beat_of, inventory_digest  # noqa: E402
 from deskfleet.schemas.messages import HostBeat  # noqa: E402

@@ -9,11 +9,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from demo.broker import PrivateBroker, permission, user
+from demo.broker import PrivateBroker
 
 from deskfleet.runtime.amqp import AmqpBus
 from deskfleet.runtime.bus import Bus
 from deskfleet.runtime.memory_bus import MemoryBroker, MemoryBus
+from deskfleet.runtime.rights import permission, user
 from deskfleet.runtime.service import MainLoop, SystemClock
 from deskfleet.schemas.topology import Topology
 
