@@ -37,6 +37,7 @@ class Fault(StrEnum):
     SNAPSHOTS = "snapshots"
     OVER_LIMIT = "over_limit"
     UNCONFINED = "unconfined"
+    NO_SPACE = "no_space"
     DISAGREE = "disagree"
 
 

@@ -121,7 +121,7 @@ def inspect(read: Read, size: int, claimed: Format, largest: int = LARGEST) -> F
 
 def _refuse_unsafe(facts: Facts, largest: int) -> None:
     if facts.backing_file:
-        text = f"It holds only differences to another file, {facts.backing_file}; merge the two first (flatten it)."
+        text = f"It refers to another file, its backing file {facts.backing_file}; merge the two first (flatten it)."
         raise ImageRefused(Fault.BACKING_FILE, text)
     if facts.data_file:
         raise ImageRefused(Fault.DATA_FILE, f"Its data are in another file, {facts.data_file}; convert it to one file.")
