@@ -1,7 +1,8 @@
 """The command lines of a guest's programs, as a pure function of what was ordered. No shell ever sees them.
 
 No value that a person typed reaches these lists: sizes are numbers, names are ids of ours, PCI addresses and paths
-are checked by pattern before they come here. Block devices are JSON, so nothing in a path can become an option.
+are checked by pattern before they come here. Block devices are JSON and commas in other paths are doubled, so nothing
+in a path can become an option.
 
 The device list depends on machine and size alone, because a guest can only be restored from saved memory with the
 very devices that it was saved with. Facts about qemu 7.2 behind the choices:
@@ -19,13 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
-from deskfleet.schemas.machine import Firmware, Format, Os, Video
+from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.messages import VmStart
 
 MACHINE_TYPE = "pc-q35-7.2"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 OVMF_CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 OVMF_VARS = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
+
+# What Windows uses of a hypervisor that speaks its language (QEMU: docs/system/i386/hyperv.rst): its clocks, timers and
+# interrupts then cost a fraction. KVM alone offers them.
+_HYPERV = (
+    "hv-relaxed,hv-vapic,hv-spinlocks=0x1fff,hv-vpindex,hv-runtime,hv-time,hv-synic,hv-stimer,hv-frequencies,"
+    "hv-tlbflush,hv-ipi"
+)
 
 _VIDEO = {Video.STD: "VGA", Video.VIRTIO: "virtio-vga", Video.QXL: "qxl-vga"}
 
@@ -99,7 +107,7 @@ def qemu(
         "-accel",
         accel,
         "-cpu",
-        "host" if accel == "kvm" else "max",
+        _cpu(start.os, accel),
         "-smp",
         f"cpus={want.cpus}",
         "-m",
@@ -109,17 +117,18 @@ def qemu(
         "-machine",
         f"{MACHINE_TYPE},memory-backend=ram",
         "-rtc",
-        "base=localtime" if start.os is Os.WINDOWS else "base=utc",
+        # Windows counts on the ticks of this clock; those that came late are made up for.
+        "base=localtime,driftfix=slew" if start.os is Os.WINDOWS else "base=utc",
         "-msg",
         "timestamp=on",
         "-display",
         "none",
         "-vnc",
-        f"unix:{paths.vnc},share=force-shared",
+        f"unix:{plain(paths.vnc)},share=force-shared",
         "-qmp",
-        f"unix:{paths.qmp},server=on,wait=off",
+        f"unix:{plain(paths.qmp)},server=on,wait=off",
         "-qmp",
-        f"unix:{paths.rescue},server=on,wait=off",
+        f"unix:{plain(paths.rescue)},server=on,wait=off",
         "-fw_cfg",
         f"name=opt/deskfleet/sid,string={start.sid}",
         "-fw_cfg",
@@ -132,6 +141,17 @@ def qemu(
     ]
 
 
+def plain(path: Path) -> str:
+    """A path as qemu's options hold it: a comma in it would begin the next option."""
+    return str(path).replace(",", ",,")
+
+
+def _cpu(system: Os, accel: str) -> str:
+    if accel != "kvm":
+        return "max"
+    return f"host,{_HYPERV}" if system is Os.WINDOWS else "host"
+
+
 def _blockdev(**options: object) -> list[str]:
     return ["-blockdev", json.dumps(options, separators=(",", ":"))]
 
@@ -140,7 +160,7 @@ def _firmware(start: VmStart, paths: Paths) -> list[str]:
     if start.firmware is Firmware.BIOS:
         return []
     pflash = "if=pflash,format=raw,unit="
-    return ["-drive", f"{pflash}0,readonly=on,file={OVMF_CODE}", "-drive", f"{pflash}1,file={paths.vars}"]
+    return ["-drive", f"{pflash}0,readonly=on,file={OVMF_CODE}", "-drive", f"{pflash}1,file={plain(paths.vars)}"]
 
 
 def _disks(start: VmStart, paths: Paths) -> list[str]:
@@ -159,11 +179,11 @@ def _disks(start: VmStart, paths: Paths) -> list[str]:
         cd += ["-device", "ide-cd,drive=cd,bus=ide.1,bootindex=2"]
     else:
         backing: dict[str, object] = {"driver": _driver(start.format), "read-only": True, "file": image}
-        if start.format is Format.QCOW2:
+        if start.format in (Format.QCOW2, Format.VMDK):
             backing["backing"] = None
         disk["backing"] = backing
-    # Only Linux is sure to know virtio; AHCI is what anything else boots from without a driver disk.
-    device = "virtio-blk-pci,drive=disk" if start.os is Os.LINUX else "ide-hd,drive=disk,bus=ide.0"
+    fast = start.drivers is Drivers.VIRTIO
+    device = "virtio-blk-pci,drive=disk" if fast else "ide-hd,drive=disk,bus=ide.0"  # the AHCI of the board
     return [*_blockdev(**disk), "-device", f"{device},bootindex=1", *cd]
 
 
@@ -175,10 +195,12 @@ def _devices(start: VmStart, paths: Paths) -> list[str]:
     devices = ["-device", _VIDEO[start.video], "-device", "virtio-balloon-pci", "-device", "vmgenid,guid=auto"]
     if start.os is Os.OTHER:
         return devices  # PS/2 keyboard and the VMware mouse port are on the board, and say where the pointer is
-    tablet = "virtio-tablet-pci" if start.os is Os.LINUX else "usb-tablet,bus=usb.0"
+    # Windows has no driver of its own for a virtio pointer, whatever was installed for disk and network.
+    virtio = start.os is Os.LINUX and start.drivers is Drivers.VIRTIO
+    tablet = "virtio-tablet-pci" if virtio else "usb-tablet,bus=usb.0"
     return [
         *devices,
-        *(["-device", "qemu-xhci,id=usb"] if start.os is Os.WINDOWS else ["-device", "virtio-keyboard-pci"]),
+        *(["-device", "virtio-keyboard-pci"] if virtio else ["-device", "qemu-xhci,id=usb"]),
         "-device",
         tablet,
         "-device",
@@ -186,7 +208,7 @@ def _devices(start: VmStart, paths: Paths) -> list[str]:
         "-device",
         "virtio-serial-pci",
         "-chardev",
-        f"socket,id=qga,path={paths.guest_agent},server=on,wait=off",
+        f"socket,id=qga,path={plain(paths.guest_agent)},server=on,wait=off",
         "-device",
         "virtserialport,chardev=qga,name=org.qemu.guest_agent.0",
         "-chardev",
@@ -199,7 +221,7 @@ def _devices(start: VmStart, paths: Paths) -> list[str]:
 def _network(start: VmStart, network_fd: int | None) -> list[str]:
     if network_fd is None:
         return []
-    card = "virtio-net-pci" if start.os is Os.LINUX else "e1000e"
+    card = "virtio-net-pci" if start.drivers is Drivers.VIRTIO else "e1000e"
     return [
         "-netdev",
         f"stream,id=net,server=off,addr.type=fd,addr.str={network_fd}",

@@ -319,7 +319,7 @@ class QemuHypervisor:
         if not line or "qemu-system" not in line[0]:
             return ""
         sid = option(line, "-uuid").replace("-", "")
-        mine = option(line, "-qmp").startswith(f"unix:{self._config.run}/{sid}/")
+        mine = option(line, "-qmp").startswith(f"unix:{build.plain(self._config.run)}/{sid}/")
         return sid if mine else ""
 
     def running(self) -> set[str]:

@@ -9,15 +9,19 @@ import logging
 import os
 import shutil
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from deskfleet.runtime.inspection import open_image, second_opinion
 from deskfleet.schemas.errors import DeskfleetError, Reason
+from deskfleet.schemas.image_facts import Facts, ImageRefused
 from deskfleet.schemas.machine import FILE, Format
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
+_INSPECTIONS = 4
 
 
 class DiskError(DeskfleetError):
@@ -130,12 +134,14 @@ class Disks:
     """Overlays, one a guest.
 
     qemu-img makes one empty overlay for each image and size; a launch copies that file (200 kB, well under a
-    millisecond) where running qemu-img again would cost 15 ms.
+    millisecond) where running qemu-img again would cost 15 ms. The image's header is read at every launch.
     """
 
     def __init__(self, folder: Path, templates: Path) -> None:
         self._folder = folder
         self._templates = templates
+        # Threads of their own: an image that takes qemu-img to its limits must not hold up anything else.
+        self._inspectors = ThreadPoolExecutor(_INSPECTIONS, "inspect")
         for unfinished in templates.glob("*.tmp"):
             unfinished.unlink()
 
@@ -147,34 +153,36 @@ class Disks:
         """Make the overlay of a guest with a virtual size of `gib` GiB (or the image's, when that is larger).
 
         Raises:
-            DiskError: no space, or an image that qemu-img can't read.
+            DiskError: no space, or an image that is not safe to use.
         """
         key = f"blank-{gib}" if image_format is Format.ISO else f"{sha256}-{image_format}-{gib}"
         template = self._templates / f"{key}.qcow2"
         disk = self.path(sid)
         try:
+            facts = await asyncio.to_thread(_header, image, image_format)
             if not template.exists():
-                await self._make(template, sid, image, image_format, gib)
+                await self._make(template, sid, image, facts, gib)
             shutil.copyfile(template, disk)
             disk.chmod(0o600)
+        except ImageRefused as refused:
+            raise DiskError(Reason.IMAGE_BAD, f"{image.name}: {refused.fault}: {refused}") from None
         except OSError as error:
             disk.unlink(missing_ok=True)
             raise DiskError(Reason.NO_SPACE, f"the disk can't be written: {error.strerror}") from error
         return disk
 
-    async def _make(self, template: Path, sid: str, image: Path, image_format: Format, gib: int) -> None:
+    async def _make(self, template: Path, sid: str, image: Path, facts: Facts, gib: int) -> None:
         # Two first launches of one image may be here at once: each makes its own, the later rename wins.
         temporary = self._templates / f"{sid}.tmp"
-        if image_format is Format.ISO:
-            await _qemu_img("create", "-q", "-f", "qcow2", str(temporary), f"{gib}G")
-        else:
-            backing = ["-b", str(image.resolve()), "-F", image_format.value]
-            # The size is given only when it is larger than the image's: qemu-img would cut the disk off otherwise.
-            info = json.loads(await _qemu_img("info", "-U", "-f", image_format.value, "--output=json", str(image)))
-            if "backing-filename" in info or "data-file" in json.dumps(info.get("format-specific", {})):
-                raise DiskError(Reason.IMAGE_BAD, f"{image.name} refers to another file")
-            size = max(gib << 30, int(info["virtual-size"]))
-            await _qemu_img("create", "-q", "-f", "qcow2", *backing, str(temporary), str(size))
+        backing: list[str] = []
+        size = gib << 30
+        if facts.format is not Format.ISO:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._inspectors, _opinion, image, facts)
+            # -u: the image is not opened. All that could be learnt from it is known.
+            backing = ["-u", "-b", str(image.resolve()), "-F", facts.format.value]
+            size = max(size, facts.virtual_size)
+        await _qemu_img("create", "-q", "-f", "qcow2", *backing, str(temporary), str(size))
         temporary.rename(template)
 
     def remove(self, sid: str) -> None:
@@ -187,6 +195,16 @@ class Disks:
     def present(self) -> set[str]:
         """The sids that have an overlay."""
         return {path.stem for path in self._folder.glob("*.qcow2")}
+
+
+def _header(image: Path, claimed: Format) -> Facts:
+    with open_image(image) as file:
+        return file.facts(claimed)
+
+
+def _opinion(image: Path, facts: Facts) -> None:
+    with open_image(image) as file:
+        second_opinion(file, facts)
 
 
 async def _qemu_img(*arguments: str) -> str:

@@ -108,6 +108,7 @@ class Unit:
                 lifetime_s=session.lifetime_s,
                 grace_s=self._limits.grace_s,
                 connect_s=self._limits.connect_s,
+                drivers=machine.drivers,
             ),
         )
         return session

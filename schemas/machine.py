@@ -34,7 +34,7 @@ class Format(StrEnum):
 
 
 class Os(StrEnum):
-    """The family of the guest: decides clock and input devices."""
+    """The family of the guest: decides clock, input devices and what the CPU offers."""
 
     LINUX = "linux"
     WINDOWS = "windows"
@@ -54,6 +54,14 @@ class Firmware(StrEnum):
 
     BIOS = "bios"
     UEFI = "uefi"
+
+
+class Drivers(StrEnum):
+    """Which disk and network card the guest gets: the fast ones of virtual machines (VIRTIO), or an AHCI disk and an
+    Intel e1000e card, which systems know without further drivers (COMPATIBLE)."""
+
+    VIRTIO = "virtio"
+    COMPATIBLE = "compatible"
 
 
 class GpuPolicy(StrEnum):
@@ -94,6 +102,7 @@ class Machine:
     users: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    drivers: Drivers = Drivers.VIRTIO
 
     @property
     def defaults(self) -> Resources:
@@ -160,6 +169,10 @@ class _DisplaySchema(_Strict):
     video = fields.Enum(Video, by_value=True, load_default=Video.STD)
 
 
+class _DevicesSchema(_Strict):
+    drivers = fields.Enum(Drivers, by_value=True, load_default=Drivers.VIRTIO)
+
+
 class _FirmwareSchema(_Strict):
     type = fields.Enum(Firmware, by_value=True, load_default=Firmware.BIOS)
 
@@ -184,6 +197,7 @@ class _MachineSchema(_Strict):
     os = fields.Enum(Os, required=True, by_value=True)
     image = fields.Nested(_ImageSchema, required=True)
     display = fields.Nested(_DisplaySchema, load_default=lambda: {"video": Video.STD})
+    devices = fields.Nested(_DevicesSchema, load_default=lambda: {"drivers": Drivers.VIRTIO})
     firmware = fields.Nested(_FirmwareSchema, load_default=lambda: {"type": Firmware.BIOS})
     cpus = fields.Nested(_RangeSchema, required=True)
     memory_mib = fields.Nested(_RangeSchema, required=True)
@@ -238,6 +252,7 @@ def parse_machine(name: str, text: str) -> Machine:
         users=tuple(data["access"]["users"]),
         groups=tuple(data["access"]["groups"]),
         labels=tuple(data["placement"]["labels"]),
+        drivers=data["devices"]["drivers"],
     )
 
 

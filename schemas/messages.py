@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import GuestReport, HostBeat, HostReport
-from deskfleet.schemas.machine import Firmware, Format, Os, Video
+from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.session import Outcome, Resources, State
 from deskfleet.schemas.verdict import Forecast
 
@@ -99,6 +99,7 @@ class VmStart:
     lifetime_s: int
     grace_s: int
     connect_s: int
+    drivers: Drivers = Drivers.VIRTIO
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, val
 
 from deskfleet.schemas.errors import DecodeError, Reason
 from deskfleet.schemas.host import HOST, Gpu, GuestReport, HostBeat, HostReport, Phase
-from deskfleet.schemas.machine import DIGEST, NAME, Firmware, Format, Os, Video
+from deskfleet.schemas.machine import DIGEST, NAME, Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.messages import (
     ADDRESS,
     INVENTORY,
@@ -181,6 +181,7 @@ class VmStartSchema(Wire):
     lifetime_s = _int(1, 366 * 24 * 3600)
     grace_s = _int(0, 366 * 24 * 3600)
     connect_s = _int(0, 366 * 24 * 3600)
+    drivers = fields.Enum(Drivers, required=True, by_value=True)
 
 
 class VmStopSchema(Wire):

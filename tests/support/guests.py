@@ -64,6 +64,7 @@ def start_order(machine: Machine, sid: str, generation: int, **changes: object) 
         "lifetime_s": 3600,
         "grace_s": 60,
         "connect_s": 600,
+        "drivers": machine.drivers,
         **changes,
     }
     return VmStart(**values)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deskfleet.agent.argv import SANDBOX, Paths, mac_of, passt, qemu, uuid_of
-from deskfleet.schemas.machine import Firmware, Format, Os, Video
+from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.messages import VmStart
 from deskfleet.schemas.session import Resources
 
@@ -61,7 +61,7 @@ def test_c24_the_format_is_always_said_and_no_chain_is_followed(image: Format) -
     assert disk["driver"] == "qcow2" and disk["file"]["driver"] == "file"
     assert disk["backing"]["driver"] == image.value and disk["backing"]["read-only"] is True
     assert disk["backing"]["file"] == {"driver": "file", "filename": "/i/tiny.iso"}
-    assert ("backing" in disk["backing"]) is (image is Format.QCOW2)
+    assert ("backing" in disk["backing"]) is (image in (Format.QCOW2, Format.VMDK))
     assert disk["backing"].get("backing") is None
 
 
@@ -72,20 +72,48 @@ def test_an_iso_is_a_read_only_cd_beside_an_empty_disk() -> None:
 
 
 def test_paths_with_commas_stay_paths() -> None:
-    paths = Paths(Path("/r") / SID, Path("/d/x,y.qcow2"), Path("/i/a,b.iso"))
-    disk, cd = (json.loads(v) for v in values(qemu(START, paths, accel="tcg", network_fd=None), "-blockdev"))
+    paths = Paths(Path("/r,readonly=off") / SID, Path("/d/x,y.qcow2"), Path("/i/a,b.iso"))
+    argv = qemu(replace(START, os=Os.LINUX, firmware=Firmware.UEFI), paths, accel="tcg", network_fd=None)
+    disk, cd = (json.loads(value) for value in values(argv, "-blockdev"))
     assert disk["file"]["filename"] == "/d/x,y.qcow2" and cd["file"]["filename"] == "/i/a,b.iso"
+    others = [word for word in argv if "/r,readonly" in word or "/r,,readonly" in word]
+    assert len(others) == 5 and all("/r,,readonly=off/" in word for word in others)
 
 
 def test_devices_follow_the_kind_of_system() -> None:
     linux = values(line(replace(START, os=Os.LINUX, video=Video.VIRTIO), network_fd=9), "-device")
-    assert "virtio-vga" in linux and "virtio-tablet-pci" in linux
+    assert "virtio-vga" in linux and "virtio-tablet-pci" in linux and "virtio-keyboard-pci" in linux
+    assert "virtio-blk-pci,drive=disk,bootindex=1" in linux
     assert any(device.startswith("virtio-net-pci,netdev=net,mac=52:54:00:") for device in linux)
     windows = values(line(replace(START, os=Os.WINDOWS), network_fd=9), "-device")
-    assert "usb-tablet,bus=usb.0" in windows and any(d.startswith("e1000e") for d in windows)
-    assert any(d.startswith("ide-hd") for d in windows)
-    assert values(line(replace(START, os=Os.WINDOWS)), "-rtc") == ["base=localtime"]
+    assert "usb-tablet,bus=usb.0" in windows and any(d.startswith("virtio-net-pci") for d in windows)
     assert not any("virtserialport" in d for d in values(line(), "-device"))
+
+
+@pytest.mark.parametrize("system", list(Os))
+def test_compatible_drivers_mean_no_virtio_for_disk_network_and_pointer(system: Os) -> None:
+    devices = values(line(replace(START, os=system, drivers=Drivers.COMPATIBLE), network_fd=9), "-device")
+    assert "ide-hd,drive=disk,bus=ide.0,bootindex=1" in devices
+    assert any(device.startswith("e1000e,netdev=net,") for device in devices)
+    assert not any(device.startswith(("virtio-blk", "virtio-net", "virtio-tablet")) for device in devices)
+
+
+def test_the_clock_is_local_time_for_windows_alone() -> None:
+    clocks = {system: values(line(replace(START, os=system)), "-rtc") for system in Os}
+    assert clocks == {
+        Os.LINUX: ["base=utc"],
+        Os.OTHER: ["base=utc"],
+        Os.WINDOWS: ["base=localtime,driftfix=slew"],
+    }
+
+
+def test_windows_is_offered_a_hypervisor_s_help_where_there_is_one() -> None:
+    (cpu,) = values(line(replace(START, os=Os.WINDOWS), accel="kvm"), "-cpu")
+    flags = cpu.split(",")
+    assert flags[0] == "host" and {"hv-relaxed", "hv-time", "hv-stimer", "hv-synic", "hv-vpindex"} <= set(flags)
+    assert all(flag.startswith("hv-") for flag in flags[1:])
+    for start, accel in ((replace(START, os=Os.WINDOWS), "tcg"), (START, "kvm"), (replace(START, os=Os.LINUX), "kvm")):
+        assert "hv-" not in values(line(start, accel=accel), "-cpu")[0]
 
 
 def test_the_device_list_depends_on_machine_and_size_alone() -> None:
