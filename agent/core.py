@@ -19,6 +19,7 @@ from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu, GuestReport, Phase
 from deskfleet.schemas.messages import (
     HostFence,
+    VmExtend,
     VmStart,
     VmStop,
 )
@@ -29,6 +30,11 @@ log = logging.getLogger(__name__)
 #: How long an ended guest stays in the heartbeats, and how many of them at most.
 REMEMBER_S = 600.0
 REMEMBER = 500
+
+
+#: A guest that uses more than this share of one CPU, beyond a few seconds of housekeeping, is at work.
+BUSY_SHARE = 0.05
+BUSY_S = 5.0
 
 
 class Hypervisor(Protocol):
@@ -44,6 +50,9 @@ class Hypervisor(Protocol):
         """Take over a guest that a former agent started; False when it does not run. A guest that was still
         starting ends in `ready` or `failed` as after `launch`."""
 
+    def cpu_s(self, sid: str) -> float | None:
+        """CPU seconds that a guest has used so far; None when that can't be told."""
+
     def clean(self, sid: str) -> None:
         """Remove every process, socket and file of a guest that has ended. Idempotent."""
 
@@ -55,6 +64,8 @@ class _Watch:
     viewers: int = 0
     seen: bool = False
     empty_since: float | None = None
+    worked_at: float | None = None
+    cpu_s: float = 0.0
 
 
 class Agent:
@@ -232,6 +243,14 @@ class Agent:
             self._save(entry)
         self._hypervisor.shutdown(entry)
 
+    def extend(self, extend: VmExtend) -> None:
+        """Let a guest run longer. What it does not change is answered as well: the scheduler asks until it knows."""
+        entry = self._entries.get(extend.sid)
+        if entry is None or not entry.live or entry.start is None or entry.generation > extend.generation:
+            return
+        lifetime_s = max(entry.start.lifetime_s, extend.lifetime_s)
+        self._save(replace(entry, start=replace(entry.start, lifetime_s=lifetime_s)))
+
     # --- news from the hypervisor ---------------------------------------------------------------------------
 
     def ready(self, sid: str) -> None:
@@ -303,6 +322,8 @@ class Agent:
         if now - entry.ready_at >= start.lifetime_s:
             return Outcome.EXPIRED, Reason.EXPIRED
         watch = self._watch[entry.sid]
+        if start.idle_s and self._idle_for(entry.sid, watch, now) >= start.idle_s:
+            return Outcome.IDLE, Reason.IDLE
         if start.persistent or watch.empty_since is None:
             return None
         if watch.seen and now - watch.empty_since >= start.grace_s:
@@ -310,6 +331,16 @@ class Agent:
         if not watch.seen and now - watch.empty_since >= start.connect_s:
             return Outcome.DISCONNECTED, Reason.NEVER_CONNECTED
         return None
+
+    def _idle_for(self, sid: str, watch: _Watch, now: float) -> float:
+        """For how many seconds nobody was connected and the guest has hardly computed: a job that runs without a
+        viewer is not idle. A guest whose work can't be told counts as working."""
+        used = self._hypervisor.cpu_s(sid)
+        if watch.worked_at is None or watch.viewers or used is None:
+            watch.worked_at, watch.cpu_s = now, used or 0.0
+        elif used - watch.cpu_s > BUSY_SHARE * (now - watch.worked_at) + BUSY_S:
+            watch.worked_at, watch.cpu_s = now, used
+        return now - watch.worked_at
 
 
 def _refused(start: VmStart, reason: Reason) -> GuestReport:

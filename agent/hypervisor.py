@@ -326,6 +326,11 @@ class QemuHypervisor:
         """The sids of every qemu of this agent that runs now, known or not."""
         return {sid for pid in pids() if (sid := self._sid_of(arguments(pid)))}
 
+    def cpu_s(self, sid: str) -> float | None:
+        """CPU seconds that a guest's qemu has used; None when it does not run."""
+        guest = self._guests.get(sid)
+        return guest.process.cpu_s() if guest and guest.process else None
+
     def clean(self, sid: str) -> None:
         """Remove everything of an ended guest."""
         guest = self._guests.pop(sid, None)

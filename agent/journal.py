@@ -50,9 +50,10 @@ class Entry:
 
     def report(self, now: float, viewers: int = 0) -> GuestReport:
         """The entry as others may see it, at `now` on the boot-time clock."""
-        left_s = None
+        left_s = lifetime_s = None
         if self.phase is Phase.RUNNING and self.start:
-            left_s = max(0.0, self.ready_at + self.start.lifetime_s - now)
+            lifetime_s = self.start.lifetime_s
+            left_s = max(0.0, self.ready_at + lifetime_s - now)
         return GuestReport(
             sid=self.sid,
             generation=self.generation,
@@ -63,6 +64,7 @@ class Entry:
             reason=self.reason,
             detail=self.detail[:4000],
             left_s=left_s,
+            lifetime_s=lifetime_s,
         )
 
 

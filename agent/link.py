@@ -14,6 +14,7 @@ from deskfleet.schemas.host import GuestReport, HostReport, beat_of, inventory_d
 from deskfleet.schemas.messages import (
     HostFence,
     HostInventory,
+    VmExtend,
     VmReport,
     VmStart,
     VmStop,
@@ -61,6 +62,8 @@ class Link:
                 self._agent.start(message)
             case VmStop():
                 self._agent.stop(message)
+            case VmExtend():
+                self._agent.extend(message)
             case HostFence():
                 self._agent.fence(message)
                 self.beat()

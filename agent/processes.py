@@ -86,6 +86,16 @@ class Process:
         os.close(self.pidfd)
         self.pidfd = -1
 
+    def cpu_s(self) -> float | None:
+        """CPU seconds used so far, in user and kernel mode (proc(5), /proc/PID/stat, fields 14 and 15); None once it
+        is gone."""
+        try:
+            text = (_PROC / str(self.pid) / "stat").read_text()
+        except OSError:
+            return None
+        fields = text.rpartition(")")[2].split()  # the name before may hold anything
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def kill(self) -> None:
         """SIGKILL; no error when it is gone."""
         if self.pidfd >= 0:

@@ -56,6 +56,7 @@ def session_values(session: Session) -> dict[str, Any]:
         "attempt": session.attempt,
         "gpu_addresses": json.dumps(session.gpu_addresses),
         "waited_s": session.waited_s,
+        "lifetime_s": session.lifetime_s,
         "changed_at": session.changed_at,
     }
 

@@ -85,7 +85,6 @@ class Transaction:
             "gpus": resources.gpus,
             "gpu_model": resources.gpu_model,
             "persistent": session.persistent,
-            "lifetime_s": session.lifetime_s,
             "wait_s": session.wait_s,
             "groups": json.dumps(session.groups),
             "queue_class": session.queue_class,

@@ -10,7 +10,7 @@ from deskfleet.scheduler.fleet import Fleet
 from deskfleet.scheduler.intake import refuse_launch, rejection, requested, stop_before_launch
 from deskfleet.scheduler.outlook import never_fits, outlook, supposed
 from deskfleet.scheduler.policy import Policy
-from deskfleet.scheduler.reconcile import Action, Step, StopGuest, on_guest, on_report
+from deskfleet.scheduler.reconcile import Action, LetRun, Step, StopGuest, on_guest, on_report
 from deskfleet.scheduler.stats import Stats
 from deskfleet.scheduler.unit import Limits, Unit
 from deskfleet.scheduler.waiting import Queue
@@ -19,6 +19,7 @@ from deskfleet.schemas.host import HostBeat, HostReport, Phase
 from deskfleet.schemas.machine import Machine
 from deskfleet.schemas.messages import (
     DrainRequested,
+    ExtendRequested,
     HostDeclaredDead,
     HostFence,
     HostInventory,
@@ -94,6 +95,8 @@ class Decisions:
                 self._launch(unit, message, now, wall)
             case StopRequested():
                 self._stop(unit, message, wall)
+            case ExtendRequested():
+                self._extend(unit, message, now)
             case DrainRequested():
                 self._drain(unit, message)
             case HostDeclaredDead():
@@ -158,6 +161,20 @@ class Decisions:
         outcome = Outcome.CANCELLED if session.state is State.QUEUED else Outcome.STOPPED
         unit.stop(session, outcome, Reason.STOPPED_BY_USER if own else Reason.STOPPED_BY_ADMIN)
         self.queue.soon = True
+
+    def _extend(self, unit: Unit, request: ExtendRequested, now: float) -> None:
+        session = self._fleet.sessions.get(request.sid)
+        if session is None or session.state is not State.RUNNING:
+            log.info("%s wants more time for %s, which does not run", request.actor, request.sid)
+            return
+        if request.actor != session.user and not request.admin:
+            log.warning("%s may not extend session %s", request.actor, session.sid)
+            return
+        lifetime_s = min(request.lifetime_s, self._settings.max_lifetime_s)
+        if lifetime_s > session.lifetime_s:
+            ends_at = self._fleet.ends_at(session, now)
+            longer = unit.extend(session, lifetime_s)
+            self._fleet.ends(longer, ends_at + lifetime_s - session.lifetime_s)
 
     def _drain(self, unit: Unit, request: DrainRequested) -> None:
         state = self._fleet.hosts.get(request.host)
@@ -246,6 +263,11 @@ class Decisions:
             log.warning("%s runs %s, which no record wants there: stopping it", host, action.sid)
             unit.send_host(host, VmStop(action.sid, action.generation, action.outcome, action.reason))
             return
+        if isinstance(action, LetRun):
+            told = self.commanded.get(action.session.sid)
+            if told is None or now - told >= self._settings.reissue_s:
+                unit.tell_lifetime(action.session)
+            return
         session = action.session
         state, image = self._fleet.host(host), self._image(session)
         if action.counted:
@@ -257,7 +279,7 @@ class Decisions:
                 log.warning("%s failed several launches of %s and rests", host, session.machine)
         elif action.event is Event.READY:
             state.resting.worked(image)
-            self._fleet.began(session, now)
+            self._fleet.ends(session, now + session.lifetime_s)
         self._leave(unit, action)
 
     def _leave(self, unit: Unit, step: Step) -> None:

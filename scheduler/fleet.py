@@ -138,9 +138,9 @@ class Fleet:
         """When a session's lease ends at the latest (monotonic seconds)."""
         return self._ends.setdefault(session.sid, now + session.lifetime_s)
 
-    def began(self, session: Session, now: float) -> None:
-        """The guest runs: its lifetime begins."""
-        self._ends[session.sid] = now + session.lifetime_s
+    def ends(self, session: Session, at: float) -> None:
+        """A lease ends at `at` (monotonic seconds) at the latest."""
+        self._ends[session.sid] = at
 
     def leases(self, now: float) -> list[Lease]:
         """Every lease in the fleet."""

@@ -40,7 +40,14 @@ class StopGuest:
     reason: Reason
 
 
-Action = Step | StopGuest
+@dataclass(frozen=True, slots=True)
+class LetRun:
+    """A guest that does not know yet for how long it may run."""
+
+    session: Session
+
+
+Action = Step | StopGuest | LetRun
 
 
 def on_guest(session: Session | None, host: str, guest: GuestReport, max_attempts: int) -> Action | None:
@@ -61,6 +68,8 @@ def on_guest(session: Session | None, host: str, guest: GuestReport, max_attempt
         return Step(session, Event.READY)
     if guest.phase is Phase.STARTING and session.state is State.ASSIGNED:
         return Step(session, Event.ACCEPTED)
+    if guest.phase is Phase.RUNNING and guest.lifetime_s is not None and guest.lifetime_s < session.lifetime_s:
+        return LetRun(session)
     return None
 
 

@@ -104,6 +104,7 @@ class SchedulerSchema(_Section):
     max_lifetime_s = fields.Int(load_default=30 * 24 * 3600, validate=validate.Range(60))
     grace_s = fields.Int(load_default=60, validate=validate.Range(0))
     connect_s = fields.Int(load_default=600, validate=validate.Range(1))
+    idle_s = fields.Int(load_default=0, validate=validate.Range(0))
     rest = fields.Nested(_RestSchema, load_default=Rest)
     pools = fields.Dict(fields.Str(validate=_NAME), fields.Nested(_PoolSchema), load_default=dict)
     classes = fields.List(fields.Nested(_ClassSchema), load_default=list)
@@ -122,7 +123,7 @@ class SchedulerSchema(_Section):
     def _make(self, data: dict[str, Any], **_: Any) -> dict[str, Any]:
         settings = Settings(
             policy=_policy(data),
-            limits=Limits(data["grace_s"], data["connect_s"]),
+            limits=Limits(data["grace_s"], data["connect_s"], data["idle_s"]),
             max_attempts=data["max_attempts"],
             max_lifetime_s=data["max_lifetime_s"],
         )

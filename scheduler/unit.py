@@ -18,6 +18,7 @@ from deskfleet.schemas.messages import (
     HostInventory,
     PlacementAnswered,
     SessionChanged,
+    VmExtend,
     VmStart,
     VmStop,
 )
@@ -28,11 +29,12 @@ from deskfleet.schemas.wire import encode
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What every guest is told, in seconds: how long a single-shot guest outlives its last viewer, and how long it
-    waits for the first."""
+    """What every guest is told, in seconds: how long a single-shot guest outlives its last viewer, how long it waits
+    for the first, and after how long without viewers and without work a guest counts as idle and ends (0: never)."""
 
     grace_s: int = 60
     connect_s: int = 600
+    idle_s: int = 0
 
 
 class Unit:
@@ -63,7 +65,8 @@ class Unit:
         return self._save(step.session, replace(after, attempt=after.attempt + int(step.counted)), step.event, verdicts)
 
     def _save(self, before: Session, after: Session, event: Event, verdicts: Sequence[Verdict] = ()) -> Session:
-        after = replace(after, changed_at=self._wall)
+        # A guest that may run longer has begun to run when it did.
+        after = after if event is Event.EXTEND else replace(after, changed_at=self._wall)
         self.tx.save(before, after, event, verdicts)
         self._fleet.put(after)
         self._announce(after)
@@ -108,10 +111,21 @@ class Unit:
                 lifetime_s=session.lifetime_s,
                 grace_s=self._limits.grace_s,
                 connect_s=self._limits.connect_s,
+                idle_s=self._limits.idle_s,
                 drivers=machine.drivers,
             ),
         )
         return session
+
+    def extend(self, session: Session, lifetime_s: int) -> Session:
+        """Let a running session last longer, and tell its host."""
+        longer = replace(advance(session, Event.EXTEND), lifetime_s=lifetime_s)
+        self.tell_lifetime(self._save(session, longer, Event.EXTEND))
+        return longer
+
+    def tell_lifetime(self, session: Session) -> None:
+        """Tell the host (again) how long a guest may run."""
+        self.send_host(session.host, VmExtend(session.sid, session.generation, session.lifetime_s))
 
     def stop(self, session: Session, outcome: Outcome, reason: Reason) -> Session:
         """End a session: at once while it waits, else by telling its host."""
@@ -136,10 +150,10 @@ class Unit:
             Outgoing(topology.EVENTS, key, kind, body, correlation_id=answer.question, durable=False, mandatory=False)
         )
 
-    def send_host(self, host: str, message: VmStart | VmStop | HostFence | HostInventory) -> None:
+    def send_host(self, host: str, message: VmStart | VmStop | VmExtend | HostFence | HostInventory) -> None:
         """Queue a command for a host."""
         kind, body = encode(message)
-        sid = message.sid if isinstance(message, VmStart | VmStop) else ""
+        sid = message.sid if isinstance(message, VmStart | VmStop | VmExtend) else ""
         self.outbox.append(Outgoing(topology.COMMANDS, topology.host_queue(host), kind, body, correlation_id=sid))
 
     def _announce(self, session: Session) -> None:

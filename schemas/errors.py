@@ -89,6 +89,7 @@ class Reason(StrEnum):
     DISCONNECTED = "disconnected"
     NEVER_CONNECTED = "never_connected"
     EXPIRED = "expired"
+    IDLE = "idle"
     WAITED_TOO_LONG = "waited_too_long"
     HOST_DEAD = "host_dead"
     ORPHAN = "orphan"
@@ -139,6 +140,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.DISCONNECTED: "Nobody was connected any more to this single-shot desktop.",
     Reason.NEVER_CONNECTED: "Nobody connected to the desktop in time.",
     Reason.EXPIRED: "The desktop reached the end of its lifetime.",
+    Reason.IDLE: "Nobody was connected and nothing was being computed for a long time.",
     Reason.WAITED_TOO_LONG: "The desktop could not be placed within the time allowed for waiting.",
     Reason.HOST_DEAD: "The host was declared dead by an administrator, and this desktop was lost with it.",
     Reason.ORPHAN: "The host ran a desktop that no record knows; it was stopped.",

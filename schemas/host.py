@@ -45,7 +45,7 @@ class Gpu:
 @dataclass(frozen=True, slots=True)
 class GuestReport:
     """One guest as its host sees it; `ran` is true once its display answered, `left_s` is how many seconds of its
-    lifetime are left while it runs. Ended guests stay listed for a while."""
+    `lifetime_s` are left while it runs. Ended guests stay listed for a while."""
 
     sid: str
     generation: int
@@ -56,6 +56,7 @@ class GuestReport:
     reason: Reason | None = None
     detail: str = ""
     left_s: float | None = None
+    lifetime_s: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,17 @@ class StopRequested:
 
 
 @dataclass(frozen=True, slots=True)
+class ExtendRequested:
+    """`actor` wants a running session to last `lifetime_s` seconds in all, counted from when it began to run; `admin`
+    is the portal's word. Less than it has already changes nothing."""
+
+    sid: str
+    actor: str
+    admin: bool
+    lifetime_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class DrainRequested:
     """An administrator takes a host out of placement, or puts it back; `text` is for the people who use it."""
 
@@ -99,6 +110,7 @@ class VmStart:
     lifetime_s: int
     grace_s: int
     connect_s: int
+    idle_s: int = 0
     drivers: Drivers = Drivers.VIRTIO
 
 
@@ -110,6 +122,15 @@ class VmStop:
     generation: int
     outcome: Outcome
     reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class VmExtend:
+    """This guest may run for `lifetime_s` seconds in all. Idempotent; never makes it shorter."""
+
+    sid: str
+    generation: int
+    lifetime_s: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,12 +170,14 @@ class SessionChanged:
 Message = (
     LaunchRequested
     | StopRequested
+    | ExtendRequested
     | DrainRequested
     | HostDeclaredDead
     | PlacementAsked
     | PlacementAnswered
     | VmStart
     | VmStop
+    | VmExtend
     | HostFence
     | HostInventory
     | VmReport

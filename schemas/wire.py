@@ -20,6 +20,7 @@ from deskfleet.schemas.messages import (
     PCI_ADDRESS,
     REPLICA,
     DrainRequested,
+    ExtendRequested,
     HostDeclaredDead,
     HostFence,
     HostInventory,
@@ -29,6 +30,7 @@ from deskfleet.schemas.messages import (
     PlacementAsked,
     SessionChanged,
     StopRequested,
+    VmExtend,
     VmReport,
     VmStart,
     VmStop,
@@ -115,6 +117,14 @@ class StopRequestedSchema(Wire):
     admin = _bool()
 
 
+class ExtendRequestedSchema(Wire):
+    target = ExtendRequested
+    sid = _sid()
+    actor = _text(320, 1)
+    admin = _bool()
+    lifetime_s = _int(1, 366 * 24 * 3600)
+
+
 class DrainRequestedSchema(Wire):
     target = DrainRequested
     host = _host()
@@ -181,6 +191,7 @@ class VmStartSchema(Wire):
     lifetime_s = _int(1, 366 * 24 * 3600)
     grace_s = _int(0, 366 * 24 * 3600)
     connect_s = _int(0, 366 * 24 * 3600)
+    idle_s = _int(0, 366 * 24 * 3600)
     drivers = fields.Enum(Drivers, required=True, by_value=True)
 
 
@@ -190,6 +201,13 @@ class VmStopSchema(Wire):
     generation = _int(0)
     outcome = fields.Enum(Outcome, required=True, by_value=True)
     reason = fields.Enum(Reason, required=True, by_value=True)
+
+
+class VmExtendSchema(Wire):
+    target = VmExtend
+    sid = _sid()
+    generation = _int(1)
+    lifetime_s = _int(1, 366 * 24 * 3600)
 
 
 class HostFenceSchema(Wire):
@@ -209,6 +227,7 @@ class GuestReportSchema(Wire):
     reason = fields.Enum(Reason, required=True, by_value=True, allow_none=True)
     detail = _text(4000)
     left_s = fields.Float(required=True, allow_none=True, allow_nan=False, validate=validate.Range(0, 1e9))
+    lifetime_s = fields.Int(required=True, strict=True, allow_none=True, validate=validate.Range(1, 366 * 24 * 3600))
 
 
 class HostInventorySchema(Wire):
@@ -283,12 +302,14 @@ class SessionChangedSchema(Wire):
 REGISTRY: dict[str, Wire] = {
     "launch.requested.v1": LaunchRequestedSchema(),
     "stop.requested.v1": StopRequestedSchema(),
+    "extend.requested.v1": ExtendRequestedSchema(),
     "host.drain.v1": DrainRequestedSchema(),
     "host.declared_dead.v1": HostDeclaredDeadSchema(),
     "placement.asked.v1": PlacementAskedSchema(),
     "placement.answered.v1": PlacementAnsweredSchema(),
     "vm.start.v1": VmStartSchema(),
     "vm.stop.v1": VmStopSchema(),
+    "vm.extend.v1": VmExtendSchema(),
     "host.fence.v1": HostFenceSchema(),
     "host.inventory.v1": HostInventorySchema(),
     "vm.report.v1": VmReportSchema(),

@@ -22,6 +22,7 @@ from deskfleet.schemas.host import Gpu, GuestReport, HostReport, Phase
 from deskfleet.schemas.machine import Machine
 from deskfleet.schemas.messages import (
     DrainRequested,
+    ExtendRequested,
     HostDeclaredDead,
     HostFence,
     LaunchRequested,
@@ -29,6 +30,7 @@ from deskfleet.schemas.messages import (
     PlacementAnswered,
     PlacementAsked,
     StopRequested,
+    VmExtend,
     VmStart,
     VmStop,
 )
@@ -38,12 +40,14 @@ from deskfleet.schemas.wire import decode, encode
 
 
 class Host:
-    """A host; `silent` keeps it from saying and hearing anything, `broken` makes every start fail."""
+    """A host; `silent` keeps it from saying and hearing anything, `broken` makes every start fail, `deaf`
+    loses the news that a guest may run longer."""
 
     def __init__(self, control: Control, name: str, cpus: int, memory_mib: int, gpus: tuple[Gpu, ...]) -> None:
         self.name = name
         self.silent = False
         self.broken = False
+        self.deaf = False
         self.generation = 0
         self.told: list[Message] = []
         self.guests: dict[str, tuple[GuestReport, float]] = {}
@@ -96,11 +100,17 @@ class Host:
                 )  # fmt: skip
                 self.guests[message.sid] = failed, 0.0
             elif not late:
-                running = GuestReport(message.sid, message.generation, Phase.RUNNING, True)
+                running = GuestReport(
+                    message.sid, message.generation, Phase.RUNNING, True, lifetime_s=message.lifetime_s
+                )
                 self.guests[message.sid] = running, now + message.lifetime_s
         elif isinstance(message, VmStop):
             ended = GuestReport(message.sid, message.generation, Phase.ENDED, True, outcome=message.outcome)
             self.guests[message.sid] = ended, 0.0
+        elif isinstance(message, VmExtend) and not self.deaf:
+            guest, end = self.guests[message.sid]
+            longer = message.lifetime_s - (guest.lifetime_s or 0)
+            self.guests[message.sid] = replace(guest, lifetime_s=message.lifetime_s), end + longer
         elif isinstance(message, HostFence):
             self.generation = max(self.generation, message.generation)
         delivery.ack()
@@ -208,6 +218,10 @@ class Control:
     def stop(self, sid: str, actor: str = "ann") -> None:
         """Stop a desktop."""
         self.send(StopRequested(sid, actor, False))
+
+    def extend(self, sid: str, lifetime_s: int, actor: str = "ann") -> None:
+        """Ask for more time."""
+        self.send(ExtendRequested(sid, actor, False, lifetime_s))
 
     def drain(self, host: str, draining: bool = True, text: str = "") -> None:
         """Drain a host."""

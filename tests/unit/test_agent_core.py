@@ -14,6 +14,7 @@ from deskfleet.schemas.host import Gpu, GuestReport, Phase
 from deskfleet.schemas.machine import Firmware, Format, Os, Video
 from deskfleet.schemas.messages import (
     HostFence,
+    VmExtend,
     VmStart,
     VmStop,
 )
@@ -62,6 +63,10 @@ class Hypervisor:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
         self.runs: set[str] = set()
+        self.cpu: float | None = 0.0
+
+    def cpu_s(self, _: str) -> float | None:
+        return self.cpu
 
     def launch(self, entry: Entry) -> None:
         self.calls.append(("launch", entry.sid))
@@ -275,6 +280,61 @@ def test_a_lifetime_goes_on_counting_over_a_restart(bench: Bench) -> None:
     bench.now += 40
     bench.agent.tick()
     assert ("shutdown", SID) in bench.hypervisor.calls
+
+
+def test_a_guest_may_run_longer_never_shorter_and_keeps_that_over_a_restart(bench: Bench) -> None:
+    bench.run(lifetime_s=100, persistent=True)
+    bench.hypervisor.runs.add(SID)
+    for lifetime_s in (300, 200):
+        bench.agent.extend(VmExtend(SID, 1, lifetime_s))
+        assert bench.reports[-1].lifetime_s == 300
+    bench.now += 150
+    bench.restart()
+    bench.agent.tick()
+    assert bench.agent.guests()[0].left_s == 150.0
+    bench.now += 150
+    bench.agent.tick()
+    assert bench.said == (Phase.STOPPING, Outcome.EXPIRED, Reason.EXPIRED)
+
+
+def test_no_other_guest_and_no_earlier_one_is_let_run_longer(bench: Bench) -> None:
+    bench.run(generation=5, lifetime_s=100)
+    before = list(bench.reports)
+    for late in (VmExtend(SID, 4, 900), VmExtend("f" * 32, 9, 900)):
+        bench.agent.extend(late)
+    assert bench.reports == before and bench.agent.guests()[0].lifetime_s == 100
+
+
+def idle_after(bench: Bench, seconds: int, cpu_share: float) -> None:
+    for _ in range(seconds):
+        bench.now += 1
+        if bench.hypervisor.cpu is not None:
+            bench.hypervisor.cpu += cpu_share
+        bench.agent.tick()
+
+
+def test_c42_a_guest_at_work_or_looked_at_is_not_idle(bench: Bench) -> None:
+    bench.run(persistent=True, idle_s=600, lifetime_s=10**6)
+    idle_after(bench, 2000, cpu_share=0.5)
+    assert bench.said[0] is Phase.RUNNING, "a job without a viewer"
+    bench.agent.viewers(SID, 1)
+    idle_after(bench, 2000, cpu_share=0.0)
+    assert bench.said[0] is Phase.RUNNING, "somebody who reads"
+    bench.agent.viewers(SID, 0)
+    bench.hypervisor.cpu = None
+    idle_after(bench, 2000, cpu_share=0.0)
+    assert bench.said[0] is Phase.RUNNING, "nobody knows"
+
+
+def test_a_guest_that_nobody_uses_and_that_does_nothing_ends_as_idle(bench: Bench) -> None:
+    bench.run(persistent=True, idle_s=600, lifetime_s=10**6)
+    bench.agent.viewers(SID, 1)
+    idle_after(bench, 100, cpu_share=0.5)
+    bench.agent.viewers(SID, 0)
+    idle_after(bench, 590, cpu_share=0.005)
+    assert bench.said[0] is Phase.RUNNING
+    idle_after(bench, 20, cpu_share=0.005)
+    assert bench.said == (Phase.STOPPING, Outcome.IDLE, Reason.IDLE)
 
 
 def test_a_guest_tells_how_much_of_its_lifetime_is_left_while_it_runs(bench: Bench) -> None:

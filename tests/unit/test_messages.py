@@ -16,6 +16,7 @@ from deskfleet.schemas.host import Gpu, GuestReport, HostBeat, HostReport, Phase
 from deskfleet.schemas.machine import Firmware, Format, Os, Video
 from deskfleet.schemas.messages import (
     DrainRequested,
+    ExtendRequested,
     HostDeclaredDead,
     HostFence,
     HostInventory,
@@ -25,6 +26,7 @@ from deskfleet.schemas.messages import (
     PlacementAsked,
     SessionChanged,
     StopRequested,
+    VmExtend,
     VmReport,
     VmStart,
     VmStop,
@@ -35,7 +37,7 @@ from deskfleet.schemas.wire import REGISTRY, decode, decode_as, encode
 
 SID = "0123456789abcdef" * 2
 SIZE = Resources(2, 512, 4, 1, "A100")
-GUEST = GuestReport(SID, 7, Phase.ENDED, True, 2, Outcome.FAILED, Reason.QEMU_EXITED, "é", 7.5)
+GUEST = GuestReport(SID, 7, Phase.ENDED, True, 2, Outcome.FAILED, Reason.QEMU_EXITED, "é", 7.5, 60)
 GPU = Gpu("0000:01:00.0", "A100", 12, ("0000:01:00.0", "0000:01:00.1"), True)
 REPORT = HostReport(
     host="h1",
@@ -75,12 +77,14 @@ FORECAST = Forecast(
 EXAMPLES: list[Message] = [
     LaunchRequested(SID, "a@b.org", ("staff",), "tiny", SIZE, True, 3600, 60),
     StopRequested(SID, "ann", False),
+    ExtendRequested(SID, "ann", False, 7200),
     DrainRequested("h1", True, "root", "new disks at 18:00"),
     HostDeclaredDead("h1", "root"),
     PlacementAsked(SID, "w1", "zoë", ("staff",), "tiny", SIZE, 3600),
     PlacementAnswered(SID, FORECAST),
     START,
     VmStop(SID, 7, Outcome.EXPIRED, Reason.EXPIRED),
+    VmExtend(SID, 7, 7200),
     HostFence("h1", 12),
     HostInventory("h1"),
     VmReport("h1", GUEST),

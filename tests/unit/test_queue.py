@@ -329,3 +329,39 @@ def test_a_small_heartbeat_that_refers_to_a_lost_report_is_asked_about() -> None
     host.beat()
     control.work()
     assert control.state(waiting) == "running"
+
+
+def test_a_running_session_is_let_run_longer_up_to_the_cap_and_estimates_follow() -> None:
+    control = Control(ONE_EACH, max_lifetime_s=1000)
+    host = control.host(cpus=1)
+    sid = control.launch(lifetime_s=300)
+    began = control.session(sid).changed_at
+    waiting = control.launch("bo", lifetime_s=500)
+    control.extend(sid, 600, actor="bo")
+    control.extend(sid, 200)
+    assert control.session(sid).lifetime_s == 300, "not by somebody else, and never shorter"
+    control.extend(sid, 600)
+    assert (control.session(sid).lifetime_s, control.session(sid).changed_at) == (600, began)
+    control.wait(6)
+    estimate = control.told(waiting).estimate_s
+    assert estimate is not None and abs(estimate - 594) <= 2
+    control.extend(sid, 10**6)
+    assert control.session(sid).lifetime_s == 1000
+    control.wait(990)
+    assert control.state(sid) == "running"
+    control.wait(20)
+    assert control.session(sid).outcome is Outcome.EXPIRED and control.state(waiting) == "running"
+    assert host.guests[sid][0].phase.value == "ended"
+
+
+def test_an_extension_that_was_lost_on_its_way_is_told_again() -> None:
+    control = Control(POLICY)
+    host = control.host("h1")
+    sid = control.launch(lifetime_s=300)
+    host.deaf = True
+    control.extend(sid, 900)
+    control.wait(6)
+    assert host.guests[sid][0].lifetime_s == 300
+    host.deaf = False
+    control.wait(12)
+    assert host.guests[sid][0].lifetime_s == 900
