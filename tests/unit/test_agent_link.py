@@ -154,6 +154,7 @@ def test_all_but_what_beats_tell_is_in_the_digest() -> None:
         "ran": False,
         "viewers": 1,
         "outcome": Outcome.FAILED,
+        "lifetime_s": 60,
         "reason": Reason.STALE,
         "detail": "x",
     }
