@@ -147,6 +147,7 @@ class QemuHypervisor:
         paths = guest.paths
         if start.firmware is Firmware.UEFI:
             shutil.copyfile(build.OVMF_VARS, paths.vars)
+            paths.vars.chmod(0o600)
             if uid is not None:
                 os.chown(paths.vars, uid, uid)
         with contextlib.ExitStack() as ends:
