@@ -250,8 +250,10 @@ class Evidence:
             raise Violation(f"I6: {ticket.user} asked for {ticket.sid} and sees {vm.sid} on {route.host}")
         if self.requests[vm.sid].user != ticket.user:
             raise Violation(f"I6: {ticket.user} sees {vm.sid}, which is somebody else's")
-        if ticket.generation not in vm.numbers:
-            raise Violation(f"I7: a ticket of number {ticket.generation} opens {vm.sid} of {sorted(vm.numbers)}")
+        node = self.world.nodes[route.host]
+        held = {entry.generation for entry in (*node.agent.entries, *node.disk.entries.values()) if entry.sid == vm.sid}
+        if ticket.generation not in vm.numbers | held:
+            raise Violation(f"I7: a ticket of number {ticket.generation} opens {vm.sid} of {vm.numbers | held}")
         age = console.viewer.admitted_at - self.signed_at[console.viewer.ticket]
         if age > LIFETIME_S + 1:
             raise Violation(f"I7: a ticket works after {age:.0f} s")

@@ -73,6 +73,8 @@ _TRY = "    if self._attempt([self._job(message) for _, message in batch]):\n"
 _SOON = "            if self.decisions.queue.soon:\n"
 _SEND = "            for message in unit.outbox:\n                self._publish(message)\n"
 _AWAY = '        log.warning("the ledger does not answer: %s", type(error.orig).__name__)\n'
+_ANY_SESSION = "update(tables.session).where(_SESSION.sid == before.sid).values(session_values(after))"
+_ANY_HOST = "update(tables.host).where(_HOST.name == host).values(generation=generation + 1)"
 _ONCE = "if connection.execute(once).first() is None:"
 _READ = "content, signed_at = self._serializer.loads(text, return_timestamp=True)"
 _AGE = "if not -SKEW_S <= int(self._wall()) - signed_at.timestamp() <= LIFETIME_S:"
@@ -135,12 +137,8 @@ MISTAKES: dict[str, tuple[Patch, ...]] = {
     # the ledger's writer
     "whoever comes last writes": (
         patch("ledger.lease:Lease.prove", ("rowcount != 1", "rowcount < 0")),
-        patch(
-            "ledger.writer:Transaction.save",
-            ("            tables.session.c.state == before.state.value,\n", ""),
-            ("            tables.session.c.generation == before.generation,\n", ""),
-        ),
-        patch("ledger.writer:Transaction.claim", (", tables.host.c.generation == generation)", ")")),
+        patch("ledger.writer:Transaction.save", ("execute(_SAVE, row)", f"execute({_ANY_SESSION})")),
+        patch("ledger.writer:Transaction.claim", ("execute(_CLAIM, row)", f"execute({_ANY_HOST})")),
     ),
     # the agent
     "a start is obeyed whatever its number": (

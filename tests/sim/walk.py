@@ -68,7 +68,7 @@ class Chooser:
             *[self._wait] * 5,
             *[self._launch] * 4,
             *[self._person] * 3,
-            *[self._viewer] * 4,
+            *[self._viewer] * 7,
         ]
         self._bad = [fault for fault in FAULTS if fault in world.faults and hasattr(self, f"_{fault}")]
 
@@ -103,7 +103,7 @@ class Chooser:
                 steps += [("flush", process.name)] * 2
         for node in world.nodes.values():
             if node.todo and node.alive and not node.paused:
-                wrong = ("start_fails" in faults or "hangs" in faults) and rng.random() < 0.15
+                wrong = ("start_fails" in faults or "hangs" in faults) and rng.random() < 0.35
                 index = rng.randrange(len(node.todo)) if "slow" in faults else 0
                 steps += [("work", node.host, index, wrong)] * 2
         for proxy in world.proxies:
@@ -150,8 +150,8 @@ class Chooser:
         if door.consoles and rng.random() < 0.15:
             return "leave", door.name, rng.randrange(len(door.consoles))
         held = len(self.steps.tickets)
-        if held and rng.random() < 0.3:
-            return "knock", door.name, rng.randrange(max(0, held - 6), held)
+        if held and rng.random() < 0.4:
+            return "knock", door.name, rng.randrange(held)
         sid = self._running()
         if not sid:
             return None
@@ -303,7 +303,11 @@ class Chooser:
 
     def _declare_dead(self) -> Step:
         silent = [node.host for node in self.world.nodes.values() if not node.connected or node.paused]
-        return "declare_dead", self.rng.choice(silent or list(self.world.nodes))
+        if silent and self.rng.random() < 0.5:
+            return "declare_dead", self.rng.choice(silent)
+        host = self._host()
+        self._planned += [("wait", 20.0), ("declare_dead", host), ("join", f"agent-{host}")]
+        return "cut", f"agent-{host}"
 
     def _drain(self) -> Step:
         return "drain", self._host(), self.rng.random() < 0.6
@@ -379,7 +383,7 @@ class Walk:
             raise Violation(f"I11: {probes[0]} runs and can't be seen")
         for probe in probes:
             world.portal.stop(probe, "ann", False)
-        world.rest()
+        world.rest(least_s=0.0)
         if world.proxies[0].consoles:
             raise Violation("I7: a console is open, and nothing runs")
         evidence.log.update(repr(world.ledger.rows("SELECT * FROM session_event ORDER BY id")).encode())
