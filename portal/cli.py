@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from deskfleet.portal import cli_fleet, cli_local, cli_remote
+from deskfleet.portal import cli_fleet, cli_local, cli_machines, cli_remote
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -12,12 +12,12 @@ def main() -> None:
     """Remote desktops on a fleet of hosts.
 
     The commands about desktops, hosts and queues speak to a portal: give its address by DESKFLEET_URL or --url, and a
-    token by DESKFLEET_TOKEN or --token-file. The commands migrate, user, token and config work on this machine, with
-    the settings file.
+    token by DESKFLEET_TOKEN or --token-file. The commands migrate, user, token, config and machine work on this
+    machine, with the settings file.
 
     Exit status: 0 done, 1 refused, 2 wrong usage, 3 the portal can't be reached.
     """
 
 
-for _command in (*cli_remote.COMMANDS, *cli_fleet.COMMANDS, *cli_local.COMMANDS):
+for _command in (*cli_remote.COMMANDS, *cli_fleet.COMMANDS, *cli_local.COMMANDS, *cli_machines.COMMANDS):
     main.add_command(_command)

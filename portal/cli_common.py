@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
 
 import click
+
+config_option = click.option(
+    "--config",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="DESKFLEET_CONFIG",
+    default=Path("/etc/deskfleet/deskfleet.toml"),
+    show_default=True,
+    help="The settings file.",
+)
+"""The option --config of the commands that work on this machine."""
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 

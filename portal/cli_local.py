@@ -24,7 +24,7 @@ from deskfleet.ledger.engine import open_engine
 from deskfleet.portal.accounts import Accounts
 from deskfleet.portal.audit import Audit
 from deskfleet.portal.auth import Identity
-from deskfleet.portal.cli_common import Refusal, printable, table
+from deskfleet.portal.cli_common import Refusal, config_option, printable, table
 from deskfleet.portal.logins import Logins
 from deskfleet.portal.settings import MailSettings, PortalSchema, PortalSettings
 from deskfleet.portal.store import Store
@@ -42,15 +42,6 @@ _SCHEMAS: dict[str, Callable[[], Schema]] = {
 }
 _CHECK_S = 60
 _DAY_S = 24 * 3600
-
-_config_option = click.option(
-    "--config",
-    type=click.Path(dir_okay=False, path_type=Path),
-    envvar="DESKFLEET_CONFIG",
-    default=Path("/etc/deskfleet/deskfleet.toml"),
-    show_default=True,
-    help="The settings file.",
-)
 
 
 @contextmanager
@@ -100,7 +91,7 @@ def _local(config: Path) -> Iterator[_Local]:
 
 
 @click.command()
-@_config_option
+@config_option
 def migrate(config: Path) -> None:
     """Bring both databases to the revision that this version needs. Does nothing when they are there."""
     with _refusing():
@@ -134,7 +125,7 @@ def _password() -> str:
 @click.argument("name")
 @click.option("--admin", is_flag=True, help="An administrator.")
 @click.option("--group", "groups", multiple=True, help="A group of the person; may be given several times.")
-@_config_option
+@config_option
 def user_add(name: str, admin: bool, groups: tuple[str, ...], config: Path) -> None:
     """Make an account. The password is asked for, or read from the standard input."""
     with _local(config) as local:
@@ -145,7 +136,7 @@ def user_add(name: str, admin: bool, groups: tuple[str, ...], config: Path) -> N
 
 @user.command("passwd")
 @click.argument("name")
-@_config_option
+@config_option
 def user_passwd(name: str, config: Path) -> None:
     """Replace a password; ends the person's logins and tokens."""
     with _local(config) as local:
@@ -156,7 +147,7 @@ def user_passwd(name: str, config: Path) -> None:
 
 @user.command("disable")
 @click.argument("name")
-@_config_option
+@config_option
 def user_disable(name: str, config: Path) -> None:
     """Shut an account; ends the person's logins and tokens. Desktops go on."""
     with _local(config) as local:
@@ -167,7 +158,7 @@ def user_disable(name: str, config: Path) -> None:
 
 @user.command("enable")
 @click.argument("name")
-@_config_option
+@config_option
 def user_enable(name: str, config: Path) -> None:
     """Open an account again."""
     with _local(config) as local:
@@ -177,7 +168,7 @@ def user_enable(name: str, config: Path) -> None:
 
 
 @user.command("list")
-@_config_option
+@config_option
 def user_list(config: Path) -> None:
     """Every local account."""
     with _local(config) as local:
@@ -202,7 +193,7 @@ def token() -> None:
 @click.argument("name", metavar="USER")
 @click.option("--label", default="command line", show_default=True, help="What it is for.")
 @click.option("--days", type=click.IntRange(1, 366), default=30, show_default=True, help="For how long it is good.")
-@_config_option
+@config_option
 def token_create(name: str, label: str, days: int, config: Path) -> None:
     """Make a token for a local account and print it, alone. It is shown this once."""
     if not 1 <= len(label) <= 80:
@@ -223,7 +214,7 @@ def config_group() -> None:
 
 
 @config_group.command("check")
-@_config_option
+@config_option
 def config_check(config: Path) -> None:
     """Check every section of the settings file, and the catalogue, and say everything that is wrong."""
     with _refusing():
@@ -282,7 +273,7 @@ def _check_service(name: str, config: Path) -> list[str]:
 
 
 @config_group.command("show")
-@_config_option
+@config_option
 def config_show(config: Path) -> None:
     """The settings of portal, ledger and machines as they count, environment included, without secrets."""
     with _refusing():

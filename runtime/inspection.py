@@ -180,6 +180,8 @@ def _refusal(code: int, words: str) -> ImageRefused:
         return ImageRefused(Fault.UNCONFINED, f"qemu-img can't be run safely on this machine: {said}.")
     if "No space left" in said or "Disk quota" in said:
         return ImageRefused(Fault.NO_SPACE, f"There is no space left: {said}.")
+    if "Permission denied" in said:
+        return ImageRefused(Fault.UNREADABLE, "It can't be read by others, and guests are others: chmod 644 it.")
     if code == _NOT_STARTED:
         return ImageRefused(Fault.OVER_LIMIT, f"qemu-img could not start within its limits: {said}.")
     if code < 0:

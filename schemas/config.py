@@ -18,12 +18,14 @@ class LedgerSchema(Schema):
 
 
 class MachinesSchema(Schema):
-    """[machines]: `catalogue` is the folder of the catalogue's TOML files."""
+    """[machines]: `catalogue` is the folder of the catalogue's TOML files, `images` the folder on this machine that
+    imported images are put into."""
 
     class Meta:
         unknown = RAISE
 
     catalogue = fields.Str(required=True, validate=validate.Length(1))
+    images = fields.Str(load_default="/var/lib/deskfleet/images", validate=validate.Regexp(r"\A/"))
 
 
 def address(text: str) -> tuple[str, int]:
