@@ -116,6 +116,26 @@ def stop(sid: str) -> Desktop:
     return services().desktops.find(sid) or desktop
 
 
+def extend(sid: str, extra_s: int) -> Desktop:
+    """Ask that a running desktop lasts `extra_s` seconds longer, up to what the site allows.
+
+    Raises:
+        Problem: it does not run, lasts as long as it may already, or the queue can't be reached.
+    """
+    desktop, who, parts = own_desktop(sid), person(), services()
+    if desktop.over:
+        raise Problem(Refused.ENDED, desktop.sentence)
+    if not desktop.running or desktop.unsure:
+        raise Problem(Refused.NOT_RUNNING, desktop.sentence)
+    # In all, not so much more: the same click twice asks for the same.
+    lifetime_s = min(desktop.lifetime_s + extra_s, parts.settings.lifetime_max_s)
+    if lifetime_s <= desktop.lifetime_s:
+        raise Problem(Refused.LONGEST)
+    parts.fleet.extend(sid, who.user, who.admin, lifetime_s)
+    parts.audit.note(who.user, client_address(), "extend", sid, f"to {words.duration(lifetime_s)}, of {desktop.user}")
+    return desktop
+
+
 def ticket(sid: str) -> dict[str, object]:
     """A fresh ticket for the console of a running desktop.
 

@@ -160,6 +160,14 @@ def stop(sid: str) -> Desktop:
     return actions.stop(_desktop(sid).sid)
 
 
+@blueprint.post("/sessions/<sid>/extend")
+@blueprint.arguments(api_schemas.ExtendSchema)
+@blueprint.response(202, api_schemas.SessionSchema)
+def extend(asked: dict[str, int], sid: str) -> Desktop:
+    """Let a running desktop last longer, up to what the site allows. The answer shows it as it was when asked."""
+    return actions.extend(_desktop(sid).sid, asked["extra_s"])
+
+
 @blueprint.post("/sessions/<sid>/ticket")
 @blueprint.response(200, api_schemas.TicketSchema)
 def ticket(sid: str) -> dict[str, object]:

@@ -58,6 +58,12 @@ class DrainSchema(_Input):
     text = fields.Str(load_default="", validate=validate.Length(max=LONGEST_TEXT))
 
 
+class ExtendSchema(_Input):
+    """How many seconds longer a desktop shall last."""
+
+    extra_s = fields.Int(strict=True, required=True, validate=validate.Range(60, 366 * 24 * 3600))
+
+
 class NewTokenSchema(_Input):
     """A new access token: what it is for, and for how many days it is good."""
 

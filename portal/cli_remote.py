@@ -190,6 +190,16 @@ def stop(portal: Portal, as_json: bool, sid: str) -> None:
 
 
 @click.command()
+@click.argument("sid")
+@click.argument("longer", type=Duration())
+@remote
+def extend(portal: Portal, as_json: bool, sid: str, longer: int) -> None:
+    """Let a running desktop last LONGER: 30m, 2h, 1d more."""
+    session = portal.call("POST", f"/sessions/{part(sid)}/extend", {"extra_s": longer})
+    show(as_json, session, lambda: printable(f"{session['sid']}  Asked for {words.duration(longer)} more."))
+
+
+@click.command()
 @remote
 def machines(portal: Portal, as_json: bool) -> None:
     """The machines that you may start."""
@@ -201,4 +211,4 @@ def machines(portal: Portal, as_json: bool) -> None:
     show(as_json, content, lambda: table(("MACHINE", "TITLE", "CPUS", "MEMORY MIB", "DISK GIB"), rows))
 
 
-COMMANDS: tuple[click.Command, ...] = (launch, place, list_, show_, why, open_, stop, machines)
+COMMANDS: tuple[click.Command, ...] = (launch, place, list_, show_, why, open_, stop, extend, machines)

@@ -30,6 +30,7 @@ class Refused(StrEnum):
     SID_TAKEN = "sid_taken"
     TOO_MANY_REQUESTS = "too_many_requests"
     NOT_RUNNING = "not_running"
+    LONGEST = "longest"
     ENDED = "ended"
     COOKIE_NEEDED = "cookie_needed"
     QUEUE_AWAY = "queue_away"
@@ -47,6 +48,10 @@ ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
     Refused.FOREIGN_PAGE: (HTTPStatus.FORBIDDEN, "Another site may not do this. Open the portal and do it there."),
     Refused.NOT_LOGGED_IN: (HTTPStatus.UNAUTHORIZED, "Log in first."),
     Refused.WRONG_PASSWORD: (HTTPStatus.UNAUTHORIZED, "Name or password is wrong."),
+    Refused.LONGEST: (
+        HTTPStatus.CONFLICT,
+        "This desktop lasts as long as any may already. Save your work, and start another when it has ended.",
+    ),
     Refused.LOGIN_UNAVAILABLE: (
         HTTPStatus.SERVICE_UNAVAILABLE,
         "Your password can't be checked at the moment. It is not your fault; try again in a minute.",

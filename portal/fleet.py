@@ -18,7 +18,7 @@ from deskfleet.portal.records import Records
 from deskfleet.runtime.bus import AccessRefused, Bus, BusDown, BusError, Outgoing, QueueDepth, QueueMissing
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.host import Host, HostReport, Phase
-from deskfleet.schemas.messages import DrainRequested, HostDeclaredDead
+from deskfleet.schemas.messages import DrainRequested, ExtendRequested, HostDeclaredDead
 from deskfleet.schemas.topology import COMMANDS, DEAD, SCHEDULER_COMMANDS, SCHEDULER_QUESTIONS, core, host_queue
 from deskfleet.schemas.wire import encode
 
@@ -159,8 +159,16 @@ class Fleet:
         """Tell the scheduler that a host does not run: what ran there is given up. Raises Problem as drain() does."""
         self._change(HostDeclaredDead(host, actor))
 
+    def extend(self, sid: str, actor: str, admin: bool, lifetime_s: int) -> None:
+        """Ask the scheduler to let a running desktop last `lifetime_s` seconds in all. Raises Problem when the queue
+        did not take the message."""
+        self._send(ExtendRequested(sid, actor, admin, lifetime_s))
+
     def _change(self, message: DrainRequested | HostDeclaredDead) -> None:
         self.host(message.host)
+        self._send(message)
+
+    def _send(self, message: DrainRequested | HostDeclaredDead | ExtendRequested) -> None:
         kind, body = encode(message)
         try:
             self._bus.publish(Outgoing(COMMANDS, "scheduler", kind, body)).result(_PATIENCE_S)

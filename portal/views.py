@@ -18,6 +18,9 @@ from deskfleet.schemas.machine import GpuPolicy, Machine
 from deskfleet.schemas.session import State
 from deskfleet.schemas.tickets import SID
 
+#: How much longer a desktop lasts by one click.
+EXTRA_S = 3600
+
 pages = Blueprint("pages", __name__)
 
 #: What a view may return: a text, a text with its status, or a whole response.
@@ -212,6 +215,7 @@ def _own() -> dict[str, object]:
     return {
         "live": [desktop for desktop in found if not desktop.over],
         "history": [desktop for desktop in found if desktop.over],
+        "longest_s": services().settings.lifetime_max_s,
         "sure": sure,
     }
 
@@ -223,10 +227,19 @@ def stop(sid: str) -> Response:
     return redirect(url_for("pages.desktops"), 303)
 
 
+@pages.post("/desktops/<sid>/extend")
+def extend(sid: str) -> Response:
+    """Let a desktop last an hour longer."""
+    actions.extend(checked(sid), EXTRA_S)
+    return redirect(url_for("pages.desktops"), 303)
+
+
 @pages.get("/desktop/<sid>")
 def desktop(sid: str) -> Page:
     """The screen of a desktop."""
     found = own_desktop(checked(sid))
     if found.over or found.waiting:
         return redirect(url_for("pages.progress_page", sid=sid))
-    return render_template("desktop.html", desktop=found, stopping=found.state == State.STOPPING)
+    return render_template(
+        "desktop.html", desktop=found, stopping=found.state == State.STOPPING, extra_s=EXTRA_S, hours=EXTRA_S // 3600
+    )

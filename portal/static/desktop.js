@@ -12,6 +12,9 @@ const ANSWER_MS = 4000;
 // RFC 6143, 7.5.3: FramebufferUpdateRequest, not incremental, one pixel at 0,0. A living server must answer it.
 const PROBE = new Uint8Array([3, 0, 0, 0, 0, 0, 0, 1, 0, 1]);
 const NAME_CHARACTERS = 60;
+const WARN_MINUTES = 30;
+const SOON_MINUTES = 5;
+const ASK_TIME_MS = 60000;
 
 const page = document.body.dataset;
 const csrf = document.querySelector("meta[name=csrf-token]").content;
@@ -172,5 +175,49 @@ function hurry() {
 window.addEventListener("online", hurry);
 document.addEventListener("visibilitychange", hurry);
 
+// The end is said in time to save one's work: from 30 minutes on, urgently from 5.
+const ending = element("ending");
+const [endingText, longer] = [ending.querySelector("span"), ending.querySelector("button")];
+let endsAt = null; // by this page's own clock
+
+async function askTime() {
+  try {
+    const response = await fetch(page.session, { headers: { Accept: "application/json" } });
+    const left = response.ok ? (await response.json()).time_left_s : null;
+    endsAt = left === null ? null : performance.now() + left * 1000;
+  } catch {
+    // What was known last still holds.
+  }
+  showTime();
+}
+
+function showTime() {
+  const minutes = endsAt === null ? Infinity : (endsAt - performance.now()) / 60000;
+  ending.hidden = over || minutes > WARN_MINUTES;
+  ending.toggleAttribute("data-soon", minutes <= SOON_MINUTES);
+  const text = `This desktop ends in ${Math.max(1, Math.round(minutes))} min. Save your work.`;
+  if (!ending.hidden && endingText.textContent !== text) endingText.textContent = text;
+}
+
+longer.addEventListener("click", async () => {
+  longer.disabled = true;
+  try {
+    const response = await fetch(page.extend, {
+      method: "POST",
+      headers: { "X-CSRFToken": csrf, Accept: "application/json", "Content-Type": "application/json" },
+      body: JSON.stringify({ extra_s: Number(page.extra) }),
+    });
+    if (!response.ok) endingText.textContent = (await response.json()).message;
+    else for (const pause of [1000, 3000, 10000]) setTimeout(askTime, pause); // until the scheduler has taken it up
+  } catch {
+    endingText.textContent = "The portal does not answer; try again.";
+  }
+  longer.disabled = false;
+  link?.rfb.focus();
+});
+
+setInterval(askTime, ASK_TIME_MS);
+setInterval(showTime, 15000);
+askTime();
 setInterval(watch, TICK_MS);
 connect();

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from deskfleet.portal.app import create_app
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.messages import (
     DrainRequested,
+    ExtendRequested,
     HostDeclaredDead,
     LaunchRequested,
 )
@@ -370,3 +372,22 @@ def test_every_page_fits_a_phone(browser: Browser, site: Site, scheme: str) -> N
     for path in paths:
         page.goto(f"{site.url}/{path}")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
+
+
+def test_the_end_is_told_on_the_desktops_own_page_and_put_off_by_a_click(browser: Browser, site: Site) -> None:
+    site.world.session(SID, "alice", State.RUNNING, lifetime_s=240)
+    page = site.page(browser, "alice")
+    page.goto(f"{site.url}/desktop/{SID}")
+    page.wait_for_selector("[data-state=connected]")
+    expect(page.locator("#ending")).to_contain_text("ends in 4 min. Save your work.")
+    assert page.get_attribute("#ending", "data-soon") is not None
+    page.click("#ending button")
+    until(lambda: bool(site.world.sent()), "the longer time was asked for")
+    assert site.world.sent() == [ExtendRequested(SID, "alice", False, 240 + 3600)]
+    session = site.world.reader.session(SID)
+    assert session
+    longer = replace(session, lifetime_s=240 + 3600)
+    with site.world.writer.begin() as tx:
+        tx.save(session, longer, Event.EXTEND)
+    expect(page.locator("#ending")).to_be_hidden()
+    page.context.close()

@@ -27,6 +27,7 @@ from deskfleet.runtime.bus import Delivery, Outgoing
 from deskfleet.runtime.memory_bus import MemoryBroker
 from deskfleet.schemas.host import Gpu, HostReport
 from deskfleet.schemas.messages import (
+    ExtendRequested,
     LaunchRequested,
     PlacementAnswered,
     PlacementAsked,
@@ -201,10 +202,10 @@ class World:
         self.portal.outbox.sweep()
         self.run_deferred()
 
-    def sent(self) -> list[LaunchRequested | StopRequested]:
+    def sent(self) -> list[LaunchRequested | StopRequested | ExtendRequested]:
         """What waits for the scheduler, oldest first."""
         messages = [decode(m.type, m.body) for m in self.broker.pending(SCHEDULER_COMMANDS)]
-        return [m for m in messages if isinstance(m, LaunchRequested | StopRequested)]
+        return [m for m in messages if isinstance(m, LaunchRequested | StopRequested | ExtendRequested)]
 
     # What the scheduler would write.
 

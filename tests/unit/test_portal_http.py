@@ -39,6 +39,7 @@ ACCESS = {
     "pages.desktops": "person",
     "pages.desktops_part": "person",
     "pages.stop": "person",
+    "pages.extend": "person",
     "pages.desktop": "person",
     "admin.page": "admin",
     "admin.part": "admin",
@@ -54,6 +55,7 @@ ACCESS = {
     "api.sessions": "person",
     "api.session": "person",
     "api.stop": "person",
+    "api.extend": "person",
     "api.ticket": "person",
     "api.tokens": "person",
     "api.make_token": "person",
@@ -155,7 +157,8 @@ def test_another_persons_desktop_is_as_one_that_does_not_exist(world: World, app
     before = world.reader.session(OTHERS)
     token = alice.csrf("/desktops")
     paths = ["/progress/{}", "/progress/{}/part", "/desktop/{}", "/api/v1/sessions/{}"]
-    posts = ["/desktops/{}/stop", "/api/v1/sessions/{}/stop", "/api/v1/sessions/{}/ticket"]
+    posts = ["/desktops/{}/stop", "/desktops/{}/extend"]
+    posts += [f"/api/v1/sessions/{{}}/{what}" for what in ("stop", "ticket")]
     for method, path in [("GET", p) for p in paths] + [("POST", p) for p in posts]:
         answers = []
         for sid in (OTHERS, NOBODYS):
