@@ -37,10 +37,8 @@ class Want:
 
     @property
     def shape(self) -> tuple[object, ...]:
-        """Whatever placement looks at: two wants of one shape get the same answer."""
-        return (
-            self.resources, self.sha256, self.lifetime_s, self.labels, self.admitted, self.confined, self.avoid,
-        )  # fmt: skip
+        """Whatever filters look at but time: beside room that is kept, two wants of one shape get the same answer."""
+        return self.resources, self.sha256, self.labels, self.admitted, self.confined
 
 
 @dataclass(slots=True)
@@ -57,9 +55,13 @@ class Reservation:
     gpu: frozenset[str] = frozenset()
     for_gpu: bool = False
 
+    def needed_after(self, want: Want, now: float) -> bool:
+        """Whether the room is not needed before `want`, started now, would end."""
+        return now + want.lifetime_s <= self.at
+
     def spares(self, want: Want, now: float, overhead_mib: int) -> bool:
         """Whether `want` may start on this host now without delaying who the room is kept for."""
-        if want.sid == self.sid or now + want.lifetime_s <= self.at:
+        if want.sid == self.sid or self.needed_after(want, now):
             return True
         # A request that waits for a GPU holds up other requests for GPUs only.
         if self.for_gpu and not want.resources.gpus:
@@ -72,7 +74,7 @@ class Reservation:
 
     def spend(self, want: Want, now: float, overhead_mib: int) -> None:
         """`want` was placed beside it."""
-        if want.sid != self.sid and now + want.lifetime_s > self.at:
+        if want.sid != self.sid and not self.needed_after(want, now):
             self.sessions -= 1
             self.cpus -= want.resources.cpus
             self.memory_mib -= want.resources.memory_mib + overhead_mib
@@ -85,6 +87,12 @@ class Moment:
     now: float
     policy: Policy
     reservations: Mapping[str, tuple[Reservation, ...]] = field(default_factory=dict)
+
+    def shape(self, want: Want) -> tuple[object, ...]:
+        """Two wants of one shape get the same answer now, unless room is kept for one of them. Of a lifetime counts
+        only whether it ends before room is needed: a queue of many lifetimes is one of few shapes."""
+        kept = (entry for entries in self.reservations.values() for entry in entries)
+        return want.shape, tuple(entry.needed_after(want, self.now) for entry in kept)
 
 
 Filter = Callable[[Want, HostState, Moment], Reason | None]
@@ -181,7 +189,7 @@ def free_gpu(want: Want, host: HostState, at: Moment) -> Gpu | None:
     """The first matching GPU of which no function is held, nor kept for somebody whom `want` would delay."""
     kept: frozenset[str] = frozenset()
     for reservation in at.reservations.get(host.name, ()):
-        if reservation.sid != want.sid and at.now + want.lifetime_s > reservation.at:
+        if reservation.sid != want.sid and not reservation.needed_after(want, at.now):
             kept |= reservation.gpu
     for gpu in matching_gpus(want, host):
         if not (host.gpus_held | kept).intersection(gpu.functions):

@@ -145,15 +145,16 @@ def _play(
             continue
         room = rooms.setdefault(host.name, Room.of(host, at.policy.max_sessions))
         room.free(ended)
+        here = Moment(now, at.policy, {host.name: at.reservations.get(host.name, ())})
         refused: set[tuple[object, ...]] = set()
         for want in list(pending.values()):
-            shape = want.shape
+            shape = here.shape(want)
             if shape in refused:
                 continue
-            if (host.name, shape) not in usable:
+            if (host.name, want.shape) not in usable:
                 reason = objection(want, host, bare)
-                usable[host.name, shape] = reason is None or reason in _PASSES
-            gpu = room.fits(want, overhead) if usable[host.name, shape] else None
+                usable[host.name, want.shape] = reason is None or reason in _PASSES
+            gpu = room.fits(want, overhead) if usable[host.name, want.shape] else None
             # Who has started needs no room kept: it holds it.
             kept = [entry for entry in at.reservations.get(host.name, ()) if entry.sid not in starts]
             if gpu is None or not all(entry.spares(want, now, overhead) for entry in kept):

@@ -128,7 +128,7 @@ class Queue:
                 continue
             want = self.want(session, machine)
             # Within one pass room only shrinks: what did not fit once does not fit later.
-            if want.shape not in refused or want.sid in owners:
+            if at.shape(want) not in refused or want.sid in owners:
                 choice = choose(want, self._fleet.index.walk(want), at)
                 if not isinstance(choice, NoFit):
                     unit.start(session, choice, machine)
@@ -137,7 +137,7 @@ class Queue:
                         kept.spend(want, now, self._policy.guest_overhead_mib)
                     self._stats.placed += 1
                     continue
-                refused.add(want.shape)
+                refused.add(at.shape(want))
                 at = self._keep_room(want, at)
             blocked.append(Blocked(session, want))
         self._tell(unit, blocked, at)
@@ -179,7 +179,7 @@ class Queue:
     ) -> tuple[Verdict, ...]:
         if entry.want is None:
             return (entry.rule,) if entry.rule else ()
-        shape = entry.want.shape
+        shape = at.shape(entry.want)
         if shape not in shared:
             shared[shape] = explain(entry.want, self._fleet.hosts.values(), at)
         return (*shared[shape], *self.failures.get(entry.session.sid, ()))

@@ -61,8 +61,8 @@ from deskfleet.schemas.wire import decode, encode  # noqa: E402
 #: So many messages the broker hands out before the first is acknowledged.
 PREFETCH = 100
 SIZE = Resources(1, 1024, 8)
-#: Launches differ in this many lifetimes, as the hours that a form offers.
-LIFETIMES = 8
+#: Launches differ in this many lifetimes.
+LIFETIMES = 600
 LOGIN = "all-agents"
 INTERVAL_S = 5.0
 PATIENCE_S = 120.0
