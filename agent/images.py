@@ -84,21 +84,33 @@ class ImageIndex:
         except OSError:
             names = []
         for name in names:
-            path = self._folder / name
-            status = _regular(path) if FILE.fullmatch(name) else None
-            if status is None:
-                continue
-            old = self._known.get(name)
-            if old and _signature(status) == (old.size, old.mtime_ns, old.inode):
-                found[name] = old
-                continue
-            try:
-                found[name] = _Known(*_signature(status), _sha256(path))
-            except OSError as error:
-                log.warning("image %s can't be read: %s", name, error.strerror)
+            known = self._look(name)
+            if known:
+                found[name] = known
         if found != self._known:
             self._known = found
             self._remember()
+
+    def add(self, name: str) -> None:
+        """Hash one file of the folder, and leave the others for a refresh. Slow as well."""
+        known = self._look(name)
+        if known:
+            self._known[name] = known
+
+    def _look(self, name: str) -> _Known | None:
+        """What a file is, hashed when it is new or has changed; None for what does not count."""
+        path = self._folder / name
+        status = _regular(path) if FILE.fullmatch(name) else None
+        if status is None:
+            return None
+        old = self._known.get(name)
+        if old and _signature(status) == (old.size, old.mtime_ns, old.inode):
+            return old
+        try:
+            return _Known(*_signature(status), _sha256(path))
+        except OSError as error:
+            log.warning("image %s can't be read: %s", name, error.strerror)
+            return None
 
     def _remember(self) -> None:
         rows = {name: [k.size, k.mtime_ns, k.inode, k.sha256] for name, k in self._known.items()}

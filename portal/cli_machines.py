@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,6 +191,35 @@ def resize(name: str, disk_gib: int, config: Path) -> None:
     with _files(config) as files:
         size = files.resize(name, disk_gib).disk_gib
     click.echo(f"{name}: disks of {size.default} GiB ({size.min} to {size.max}) from the next launch on.")
+
+
+@machine.command()
+@click.argument("name")
+@click.option("--seconds", type=click.IntRange(1, 3600), default=30, show_default=True, help="When to look at it.")
+@click.option("--screenshot", type=click.Path(path_type=Path), help="A new PNG file; NAME.png when left out.")
+@config_option
+def test(name: str, seconds: int, screenshot: Path | None, config: Path) -> None:
+    """Start a machine once on this computer, without network, and save a picture of its screen.
+
+    Needs what a host needs: qemu and the Python packages of the agent. An agent that runs here is not disturbed.
+    """
+    target = (screenshot or Path(f"{name}.png")).absolute()
+    with _files(config) as files:
+        files.machine(name)
+        if target.exists():
+            raise Refusal(f"{printable(target)} exists already.")
+        line = [*files.trial(name), "--screenshot", str(target), "--seconds", str(seconds)]
+        # A program of its own, since portal and agent share no code above the runtime.
+        done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    try:
+        result = json.loads(done.stdout)
+    except ValueError:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise Refusal(printable(f"The trial could not be made: {said[-1]}")) from None
+    if result["phase"] != "running":
+        why = ": ".join(part for part in (result["reason"], result["detail"]) if part)
+        raise Refusal(printable(f"{name}: {result['phase']} ({result['accel']}): {why or 'it shut itself down'}"))
+    click.echo(f"{name}: display after {result['ready_ms']} ms ({result['accel']}); picture in {printable(target)}.")
 
 
 COMMANDS: tuple[click.Command, ...] = (machine,)

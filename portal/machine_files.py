@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
@@ -189,6 +190,11 @@ class MachineFiles:
             return (self._images / machine.file).lstat().st_size
         except OSError:
             return None
+
+    def trial(self, name: str) -> list[str]:
+        """The command line that starts a machine once on this computer."""
+        program = [sys.executable, "-m", "deskfleet.agent.trial"]
+        return [*program, "--entry", str(self._entry_path(name).absolute()), "--images", str(self._images)]
 
     def export(self, name: str, target: Path) -> None:
         """Write a standalone QCOW2 copy of a machine's disk."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import psutil
 import pytest
 from support.guests import Host, build_tiny, scenario, short_folder
 from support.rfb import Rfb, UnixStream
-from support.screen import TINY_TEXT, colours, identity, read_identity, region_hash
+from support.screen import TINY_TEXT, colours, identity, picture, read_identity, region_hash
 
 from deskfleet.agent.argv import OVMF_VARS, uuid_of
 from deskfleet.schemas.errors import Reason
@@ -143,6 +144,51 @@ def test_a_guest_with_uefi_has_its_own_variables_and_they_go_with_it(host: Host,
 
     scenario(work)
     assert sha256(OVMF_VARS) == original and sha256(image) == digest
+
+
+# --- deskfleet machine import, then test ------------------------------------------------------------------------
+
+
+def run(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """deskfleet machine …, on the catalogue and the images of a folder."""
+    line = [
+        str(Path(sys.executable).with_name("deskfleet")),
+        "machine",
+        *map(str, arguments),
+        "--config",
+        str(folder / "d.toml"),
+    ]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=folder)
+
+
+def test_an_imported_machine_is_started_once_and_looked_at(tiny: tuple[Path, Machine]) -> None:
+    with short_folder() as folder:
+        for part in ("catalogue", "images"):
+            (folder / part).mkdir()
+        (folder / "d.toml").write_text(f'[machines]\ncatalogue = "{folder}/catalogue"\nimages = "{folder}/images"\n')
+        convert(tiny[0], folder / "mine.vdi", Format.VDI)
+        size = ["--memory-mib", "64:128:256", "--os", "other"]
+        done = run(folder, "import", folder / "mine.vdi", "--name", "mine", "--convert", "qcow2", *size)
+        assert done.returncode == 0, done.stderr
+        image = folder / "images/mine.qcow2"
+        before = sha256(image)
+        done = run(folder, "test", "mine", "--seconds", "10")
+        assert done.returncode == 0, done.stderr
+        assert read_identity(picture((folder / "mine.png").read_bytes())) is not None
+        assert sha256(image) == before and run(folder, "check").returncode == 0
+        again = run(folder, "test", "mine", "--seconds", "1")
+        assert again.returncode == 1 and "exists already" in again.stderr
+
+        line = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "/etc/hostname", "-F", "raw", str(image)]
+        subprocess.run(line, check=True)
+        entry = folder / "catalogue/mine.toml"
+        entry.write_text(entry.read_text().replace(before, sha256(image)))
+        refused = run(folder, "test", "mine", "--screenshot", folder / "x.png")
+        assert refused.returncode == 1 and "image_bad" in refused.stderr and "backing_file" in refused.stderr
+        image.unlink()
+        refused = run(folder, "test", "mine", "--screenshot", folder / "x.png")
+        assert refused.returncode == 1 and "image_missing" in refused.stderr
+        assert not (folder / "x.png").exists()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
