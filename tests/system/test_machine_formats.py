@@ -16,7 +16,8 @@ import psutil
 import pytest
 from support.guests import Host, build_tiny, scenario, short_folder
 from support.rfb import Rfb, UnixStream
-from support.screen import TINY_TEXT, colours, identity, picture, read_identity, region_hash
+from support.screen import TINY_TEXT, identity, picture, read_identity, region_hash
+from support.uefi import COLOUR, painter
 
 from deskfleet.agent.argv import OVMF_VARS, uuid_of
 from deskfleet.schemas.errors import Reason
@@ -25,6 +26,7 @@ from deskfleet.schemas.machine import Drivers, Firmware, Format, Machine, Os
 from deskfleet.schemas.session import Outcome
 
 SID, OTHER = "1" * 32, "2" * 32
+PIXELS = 1280 * 800
 
 
 @pytest.fixture(scope="module")
@@ -118,23 +120,27 @@ def test_a_guest_of_each_format(
     assert sha256(image) == digest
 
 
-def test_a_guest_with_uefi_has_its_own_variables_and_they_go_with_it(host: Host, tiny: tuple[Path, Machine]) -> None:
-    image = host.folder / "i/tiny.iso"
-    image.write_bytes(tiny[0].read_bytes())
+def test_guests_start_by_uefi_with_their_own_variables_and_those_go_with_them(host: Host) -> None:
+    work_folder = host.folder / "w"
+    work_folder.mkdir()
+    painter(work_folder, work_folder / "disk.raw")
+    image = host.folder / "i/disk.qcow2"
+    convert(work_folder / "disk.raw", image, Format.QCOW2)
     digest, original = install(host, image), sha256(OVMF_VARS)
 
     async def work() -> None:
         async with await host.start():
-            for sid in (SID, OTHER):
-                host.launch(sid, firmware=Firmware.UEFI)
+            for sid, drivers in ((SID, Drivers.VIRTIO), (OTHER, Drivers.COMPATIBLE)):
+                host.launch(sid, sha256=digest, format=Format.QCOW2, firmware=Firmware.UEFI, drivers=drivers)
                 await host.phase(sid, Phase.RUNNING)
             stores = [host.run / sid / "vars.fd" for sid in (SID, OTHER)]
             assert [store.stat().st_uid for store in stores] == [50_000_000, 50_000_001]
             assert all(store.stat().st_mode & 0o777 == 0o600 for store in stores)
-            viewer = Rfb(UnixStream(host.run / SID / "vnc.sock"))
-            await host.until(lambda: colours(viewer.picture()) > 1, "the firmware's picture")
-            await host.until(lambda: sha256(stores[0]) != original, "the firmware to write its variables")
-            viewer.close()
+            for sid, store in zip((SID, OTHER), stores, strict=True):
+                viewer = Rfb(UnixStream(host.run / sid / "vnc.sock"))
+                await host.until(lambda v=viewer: v.picture().getcolors(1) == [(PIXELS, COLOUR)], "the painted screen")
+                viewer.close()
+                assert sha256(store) != original, "the firmware keeps its variables"
             host.stop(SID)
             await host.phase(SID, Phase.ENDED)
             assert not stores[0].exists() and stores[1].exists()
