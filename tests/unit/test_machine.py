@@ -8,7 +8,7 @@ import pytest
 
 from deskfleet.schemas.catalogue import Catalogue
 from deskfleet.schemas.errors import MachineError
-from deskfleet.schemas.machine import GpuPolicy, load_catalogue, parse_machine
+from deskfleet.schemas.machine import Drivers, GpuPolicy, load_catalogue, parse_machine
 from deskfleet.schemas.session import Resources
 
 RECIPES = Path(__file__).parents[2] / "machines"
@@ -25,6 +25,13 @@ def test_the_recipes_are_valid_once_their_digest_is_known(name: str) -> None:
     assert machine.problems(machine.defaults) == []
     with pytest.raises(MachineError, match="sha256"):
         parse_machine(name, (RECIPES / f"{name}.toml").read_text())
+
+
+def test_drivers_are_virtio_unless_the_entry_says_otherwise() -> None:
+    assert parse_machine("desktop", recipe("desktop")).drivers is Drivers.VIRTIO
+    assert parse_machine("tiny", recipe("tiny")).drivers is Drivers.COMPATIBLE
+    with pytest.raises(MachineError, match=r"devices\.drivers"):
+        parse_machine("tiny", recipe("tiny").replace('"compatible"', '"none"'))
 
 
 def test_every_fault_is_said_at_once() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.hosts import MACHINE, POLICY, ManualClock
+from support.scheduling import Control
 
 from deskfleet.ledger.engine import migrate, open_engine
 from deskfleet.ledger.reader import Reader
@@ -17,7 +19,8 @@ from deskfleet.runtime.memory_bus import MemoryBroker
 from deskfleet.scheduler.core import Scheduler
 from deskfleet.scheduler.decisions import Settings
 from deskfleet.schemas import topology
-from deskfleet.schemas.messages import LaunchRequested, StopRequested
+from deskfleet.schemas.machine import Drivers, Firmware
+from deskfleet.schemas.messages import LaunchRequested, StopRequested, VmStart
 from deskfleet.schemas.session import Resources, State
 from deskfleet.schemas.wire import encode
 
@@ -124,3 +127,13 @@ def test_c29_a_stop_that_comes_before_its_launch_wins(bench: Bench) -> None:
     bench.work()
     session = bench.reader.session("1" * 32)
     assert session is not None and session.state is State.ENDED
+
+
+@pytest.mark.parametrize("drivers", list(Drivers))
+def test_a_host_is_told_what_the_catalogue_says_of_the_devices(drivers: Drivers) -> None:
+    control = Control()
+    control.machines["tiny"] = replace(MACHINE, drivers=drivers, firmware=Firmware.UEFI)
+    host = control.host()
+    control.launch()
+    (start,) = [message for message in host.told if isinstance(message, VmStart)]
+    assert (start.drivers, start.firmware, start.video) == (drivers, Firmware.UEFI, MACHINE.video)
