@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +94,41 @@ def test_c24_qemu_img_s_own_eye_for_other_files_counts_too(tmp_path: Path) -> No
     subprocess.run(line, check=True, cwd=tmp_path)
     with open_image(path) as file:
         assert fault(lambda: second_opinion(file, Facts(Format.QCOW2, MIB))) is Fault.DISAGREE
+
+
+def test_c24_no_header_that_our_reader_takes_leads_qemu_img_elsewhere(tmp_path: Path) -> None:
+    """Mutated headers: what passes our reader must be to qemu-img what it is to us, or nothing."""
+    draw = random.Random(24)
+    lures = [
+        b'parentFileNameHint="/etc/hosts"',
+        b'createType="vmfs"',
+        b'RW 1 FLAT "/etc/hosts" 0\n',
+        b'# createType="x"',
+    ]
+    passed = 0
+    for kind in (Format.QCOW2, Format.VDI, Format.VMDK):
+        path = image(tmp_path, kind)
+        good = path.read_bytes()
+        for _ in range(40):
+            data = bytearray(good)
+            for _ in range(draw.randint(1, 3)):
+                at = draw.randrange(0, 640)
+                data[at] ^= 1 << draw.randrange(8)
+            if kind is Format.VMDK and draw.random() < 0.3:
+                lure, at = draw.choice(lures), draw.randrange(512, 10_800)
+                data[at : at + len(lure)] = lure
+            path.write_bytes(data)
+            with open_image(path) as file:
+                try:
+                    facts = file.facts(kind)
+                except ImageRefused:
+                    continue
+                try:
+                    second_opinion(file, facts)
+                except ImageRefused as refused:
+                    assert refused.fault is not Fault.DISAGREE, (kind, refused)
+                passed += 1
+    assert passed > 20
 
 
 def test_c25_what_is_not_a_regular_file_is_not_opened(tmp_path: Path) -> None:
