@@ -91,7 +91,9 @@ async def _run(settings: AgentSettings, *, purge: bool) -> int:
         rng=random.Random(),  # noqa: S311  jitter of the reconnects
         tls=trust(settings.broker_ca),
     )
-    service = Service(settings, accel.choose(), bus, clock, version("deskfleet"))
+    service = Service(
+        settings, accel.choose(settings.uids.start if os.geteuid() == 0 else None), bus, clock, version("deskfleet")
+    )
     if purge:
         print(f"{service.purge()} guests ended on {settings.host}")
         return 0

@@ -13,8 +13,10 @@ import base64
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from deskfleet.agent.argv import MACHINE_TYPE, SANDBOX
+from deskfleet.agent.devices import kvm_groups
 
 _CODE = base64.b64decode(
     "+rBS5umMyI7YZg8BFtACDyDADAEPIsBm6h8ADwAIAGa4EACO2I7AjtC8AAAIALBQ5unHBfAA4P7/AQAAxwVQA+D+AAcAAL8AEAAA"
@@ -43,18 +45,25 @@ class Accel:
     why: str
 
 
-def probe(accel: str, cpu: str, binary: str = "qemu-system-x86_64") -> str:
-    """Run the firmware; empty when all stages were reached, else what went wrong."""
+def probe(accel: str, cpu: str, binary: str = "qemu-system-x86_64", uid: int | None = None) -> str:
+    """Run the firmware; empty when all stages were reached, else what went wrong.
+
+    With `uid` it runs as a guest does, as that user with KVM's group: that root may open KVM says nothing about guests.
+    """
+    user = {} if uid is None else {"user": uid, "group": uid, "extra_groups": list(kvm_groups())}
     with tempfile.NamedTemporaryFile(suffix=".bin") as firmware:
         firmware.write(_FIRMWARE)
         firmware.flush()
+        Path(firmware.name).chmod(0o644)
         argv = [
             binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-machine", MACHINE_TYPE, "-m", "4", "-accel", accel, "-cpu", cpu, "-bios", firmware.name,
             "-device", "isa-debug-exit,iobase=0xf4,iosize=1", "-debugcon", "stdio", "-sandbox", SANDBOX,
         ]  # fmt: skip
         try:
-            done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_LIMIT_S, check=False)
+            done = subprocess.run(  # type: ignore[call-overload]
+                argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_LIMIT_S, check=False, **user
+            )
         except subprocess.TimeoutExpired as late:
             return f"no end after {_LIMIT_S:g} s, stages {(late.stdout or b'')[:9].decode(errors='replace')!r}"
         except OSError as error:
@@ -66,12 +75,12 @@ def probe(accel: str, cpu: str, binary: str = "qemu-system-x86_64") -> str:
     return f"exit {done.returncode}, stages {stages!r}" + (f": {lines[0][:200]}" if lines else "")
 
 
-def choose() -> Accel:
-    """KVM where it works, else emulation, else none."""
-    no_kvm = probe("kvm", "host")
+def choose(uid: int | None = None) -> Accel:
+    """KVM where it works for guests (as user `uid`), else emulation, else none."""
+    no_kvm = probe("kvm", "host", uid=uid)
     if not no_kvm:
         return Accel("kvm", "")
-    no_tcg = probe("tcg", "max")
+    no_tcg = probe("tcg", "max", uid=uid)
     if not no_tcg:
         return Accel("tcg", f"KVM does not work here: {no_kvm}")
     return Accel("none", f"qemu does not work here: {no_tcg}")

@@ -8,15 +8,16 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from deskfleet.agent import argv as build
+from deskfleet.agent import devices
 from deskfleet.agent.images import DiskError, Disks, ImageIndex
 from deskfleet.agent.journal import Entry
-from deskfleet.agent.processes import Process, Spawn, arguments, find, option, pids
+from deskfleet.agent.processes import Process, Spawn, arguments, end_tasks, find, option, pids
 from deskfleet.agent.qmp import Monitor, MonitorError, monitor
 from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.host import Phase
@@ -52,12 +53,16 @@ class News(Protocol):
 @dataclass(frozen=True, slots=True)
 class Config:
     """How guests run here; times in seconds. `uids` is the range of user ids that guests get, one each; None lets
-    them run as the agent's own user (for an agent that is not root). `network` is passt or none."""
+    them run as the agent's own user (for an agent that is not root). `groups` are what their qemu may belong to
+    besides, `network` is passt or none, `sysfs` and `dev` are where devices are found."""
 
     run: Path
     accel: str
     network: str
     uids: range | None
+    groups: tuple[int, ...] = ()
+    sysfs: Path = Path("/sys")
+    dev: Path = Path("/dev")
     ready_s: float = 30.0
     powerdown_s: float = 10.0
     quit_s: float = 5.0
@@ -160,11 +165,19 @@ class QemuHypervisor:
                 self._start_passt(paths.run / "passt.log", theirs.fileno(), uid)
             line = build.qemu(start, paths, accel=self._config.accel, network_fd=network)
             fds = [] if network is None else [network]
-            pid = self._spawn(line, uid=uid, cwd=paths.run, log=paths.log, fds=fds)
+            if uid is not None:
+                self._lend_gpu(start, uid)
+            pid = self._spawn(line, uid=uid, cwd=paths.run, log=paths.log, fds=fds, groups=self._config.groups)
         process = Process.hold(pid)
         if process is None:
             raise LaunchError(Reason.QEMU_EXITED, self._last_words(paths))
         self._hold(start.sid, guest, process)
+
+    def _lend_gpu(self, start: VmStart, uid: int) -> None:
+        try:
+            devices.lend(devices.vfio_nodes(start.gpu_addresses, self._config.sysfs, self._config.dev), uid)
+        except OSError as error:
+            raise LaunchError(Reason.GPU_UNAVAILABLE, f"{error.filename}: {error.strerror}") from error
 
     def _start_passt(self, words: Path, fd: int, uid: int | None) -> None:
         try:
@@ -346,7 +359,10 @@ class QemuHypervisor:
             if stray:
                 stray.kill()
                 os.close(stray.pidfd)
-        shutil.rmtree(self._config.run / sid, ignore_errors=True)
+        folder = self._config.run / sid
+        if self._config.uids is not None and folder.exists():
+            devices.take_back(folder.stat().st_uid, self._config.dev)
+        shutil.rmtree(folder, ignore_errors=True)
         self._disks.remove(sid)
 
     async def close(self) -> None:
@@ -356,19 +372,6 @@ class QemuHypervisor:
     def leftovers(self) -> set[str]:
         """The sids that have files here."""
         return {path.name for path in self._config.run.iterdir()} | self._disks.present()
-
-
-async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel tasks until they have ended.
-
-    Once is not enough: wait_for of Python 3.11 drops a cancellation that comes in the same moment as the answer
-    (seen as a stop that never ended, since the task that held the QMP socket lived on).
-    """
-    left = set(tasks)
-    while left:
-        for task in left:
-            task.cancel()
-        _, left = await asyncio.wait(left, timeout=0.2)
 
 
 async def _greets(path: Path) -> bool:

@@ -13,7 +13,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,11 +25,29 @@ _PROC = Path("/proc")
 class Spawn(Protocol):
     """Starts a program and returns its pid. Raises OSError when it can't."""
 
-    def __call__(self, argv: Sequence[str], *, uid: int | None, cwd: Path, log: Path, fds: Sequence[int]) -> int: ...
+    def __call__(
+        self,
+        argv: Sequence[str],
+        *,
+        uid: int | None,
+        cwd: Path,
+        log: Path,
+        fds: Sequence[int],
+        groups: Sequence[int] = (),
+    ) -> int: ...
 
 
-def spawn(argv: Sequence[str], *, uid: int | None, cwd: Path, log: Path, fds: Sequence[int]) -> int:
-    """Start a program in a session of its own, as user `uid` (None: as ourselves), with its output in `log`."""
+def spawn(
+    argv: Sequence[str],
+    *,
+    uid: int | None,
+    cwd: Path,
+    log: Path,
+    fds: Sequence[int],
+    groups: Sequence[int] = (),
+) -> int:
+    """Start a program in a session of its own, as user `uid` with these supplementary groups (None: as ourselves),
+    with its output in `log`."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             list(argv),
@@ -42,7 +60,7 @@ def spawn(argv: Sequence[str], *, uid: int | None, cwd: Path, log: Path, fds: Se
             umask=0o077,
             user=uid,
             group=uid,
-            extra_groups=None if uid is None else [],
+            extra_groups=None if uid is None else list(groups),
         )
     pid = process.pid
     # The event loop waits by pidfd, for our children and for those of a former agent alike.
@@ -144,3 +162,16 @@ def option(argv: Sequence[str], name: str) -> str:
         if flag == name:
             return value
     return ""
+
+
+async def end_tasks(tasks: Iterable[asyncio.Task[None]]) -> None:
+    """Cancel tasks until they have ended.
+
+    Once is not enough: wait_for of Python 3.11 drops a cancellation that comes in the same moment as the answer
+    (seen as a stop that never ended, since the task that held the QMP socket lived on).
+    """
+    left = set(tasks)
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=0.2)

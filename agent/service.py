@@ -18,6 +18,7 @@ from deskfleet.agent.accel import Accel
 from deskfleet.agent.bridge import Bridge
 from deskfleet.agent.console import expire_nonces
 from deskfleet.agent.core import Agent
+from deskfleet.agent.devices import kvm_groups
 from deskfleet.agent.facts import boot_id, read_facts
 from deskfleet.agent.gpus import find_gpus
 from deskfleet.agent.hypervisor import Config, QemuHypervisor
@@ -70,6 +71,7 @@ class Service:
         *,
         spawn: Spawn = spawn,
         sysfs: Path = Path("/sys"),
+        dev: Path = Path("/dev"),
     ) -> None:
         self._settings = settings
         self._accel = accel
@@ -94,6 +96,9 @@ class Service:
             accel=accel.name,
             network=self._guarded_network(),
             uids=self._uids,
+            groups=kvm_groups() if accel.name == "kvm" else (),
+            sysfs=sysfs,
+            dev=dev,
             ready_s=settings.ready_s,
             powerdown_s=settings.powerdown_s,
         )

@@ -35,7 +35,7 @@ def this_machine(settings: AgentSettings, *, running: bool | None = None) -> Mac
         settings=settings,
         root=Path("/"),
         run=_run,
-        probe=accel.probe,
+        probe=partial(accel.probe, uid=settings.uids.start if os.geteuid() == 0 else None),
         gpus=partial(find_gpus, Path("/sys"), settings.gpu_names),
         listen=_listen,
         broker=partial(_broker, settings),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from demo.broker import free_port
 
@@ -109,11 +110,11 @@ class Host:
         await self._task
         self.service.purge()
 
-    async def start(self, spawner: Spawn = spawn, sysfs: Path = Path("/sys")) -> Host:
+    async def start(self, spawner: Spawn = spawn, sysfs: Path = Path("/sys"), dev: Path = Path("/dev")) -> Host:
         """Start the agent."""
         loop = asyncio.get_running_loop()
         bus = self._broker.connect("agent-h1", lambda action: loop.call_soon(action) and None)
-        self.service = Service(self.settings, choose(), bus, SystemClock(), "test", spawn=spawner, sysfs=sysfs)
+        self.service = Service(self.settings, choose(), bus, SystemClock(), "test", spawn=spawner, sysfs=sysfs, dev=dev)
         self.service.recover()
         self._stop = asyncio.Event()
         self._task = asyncio.create_task(self.service.run(self._stop))
@@ -197,9 +198,9 @@ def scenario(work: Callable[[], Awaitable[None]]) -> None:
 def with_options(*extra: str) -> Spawn:
     """A spawner that adds options to qemu's line (and to nothing else)."""
 
-    def wrapped(argv: Sequence[str], *, uid: int | None, cwd: Path, log: Path, fds: Sequence[int]) -> int:
+    def wrapped(argv: Sequence[str], **how: Any) -> int:
         line = [*argv, *extra] if "qemu-system" in argv[0] else argv
-        return spawn(line, uid=uid, cwd=cwd, log=log, fds=fds)
+        return spawn(line, **how)
 
     return wrapped
 

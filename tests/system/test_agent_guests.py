@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -202,14 +203,18 @@ def test_a_gpu_goes_all_the_way_to_qemu(host: Host, tmp_path: Path) -> None:
         (tmp_path / "vfio-pci").mkdir(exist_ok=True)
         (device / "iommu_group").symlink_to(tmp_path / "groups/9")
         (device / "driver").symlink_to(tmp_path / "vfio-pci")
+    node = tmp_path / "dev/vfio/9"
+    node.parent.mkdir(parents=True)
+    node.touch()
 
     async def work() -> None:
-        async with await host.start(sysfs=tmp_path):
+        async with await host.start(sysfs=tmp_path, dev=tmp_path / "dev"):
             assert [gpu.offered for gpu in host.heartbeats[-1].gpus] == [True]
             host.launch(SID, gpu_addresses=("0000:7f:00.0", "0000:7f:00.1"))
             ended = await host.phase(SID, Phase.ENDED)
             assert ended.reason is Reason.QEMU_EXITED
             assert "-device vfio-pci,host=0000:7f:00.0" in ended.detail
+            assert node.stat().st_uid == 0, "taken back"
 
     scenario(work)
 
@@ -358,10 +363,10 @@ def test_c27_the_probe_itself_works_where_nothing_guards(host: Host) -> None:
 
     probing = with_options(*ipxe(host.folder, listener.port))
 
-    def unguarded(argv: Sequence[str], *, uid: int | None, cwd: Path, log: Path, fds: Sequence[int]) -> int:
+    def unguarded(argv: Sequence[str], **how: Any) -> int:
         if argv[0] == "passt":
-            argv, uid = [word for word in argv if word != "--no-map-gw"], 65534
-        return probing(argv, uid=uid, cwd=cwd, log=log, fds=fds)
+            argv, how["uid"] = [word for word in argv if word != "--no-map-gw"], 65534
+        return probing(argv, **how)
 
     async def work() -> None:
         async with await host.start(unguarded):

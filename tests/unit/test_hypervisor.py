@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from deskfleet.agent.hypervisor import end_tasks
+from deskfleet.agent.processes import end_tasks
 
 
 def test_a_task_whose_cancellation_met_its_answer_ends_nevertheless() -> None:
