@@ -121,8 +121,7 @@ class Door(Process):
         self.server: Server
 
     def run(self) -> None:
-        replica = f"{self.name.replace('-', '')}x{self.lives}"
-        bus = self.connect(topology.for_proxy(replica))
+        bus = self.connect(topology.for_proxy(self._replica))
         self.told_over = set()
         now = self.clock.monotonic
         loop = SimpleNamespace(time=now)
@@ -133,9 +132,18 @@ class Door(Process):
         self.server = Server(self.gate, self.routes, line, relay, Limits(), stats, now)
         news = News(self.routes, self.server, stats, self.clock)
         bus.on_connect(news.on_connect)
-        bus.consume(topology.proxy_queue(replica), news.on_delivery, prefetch=500)
+        bus.consume(self.queue, news.on_delivery, prefetch=500)
         bus.every(30.0, lambda: self.routes.expire(now()))
         bus.start()
+
+    @property
+    def _replica(self) -> str:
+        return f"{self.name.replace('-', '')}x{self.lives}"
+
+    @property
+    def queue(self) -> str:
+        """Its queue on the broker."""
+        return topology.proxy_queue(self._replica)
 
     def kill(self) -> None:
         super().kill()

@@ -290,7 +290,7 @@ class Steps:
         """A host's login says what only others may say."""
         rows = self.world.ledger.rows("SELECT host, generation FROM session WHERE sid = ?", sid)
         node = self.world.nodes[host]
-        if not rows or not node.connected or rows[0][0] in ("", host):
+        if not rows or not node.connected or (what == "gone" and rows[0][0] in ("", host)):
             return
         victim, number = rows[0]
         if what == "stop":

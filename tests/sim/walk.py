@@ -76,11 +76,11 @@ class Chooser:
         """One step."""
         while True:
             draw = self.rng.random()
-            if draw < 0.08 and self._bad:
+            if draw < 0.1 and self._bad:
                 step = getattr(self, f"_{self.rng.choice(self._bad)}")()
-            elif draw < 0.18:
+            elif draw < 0.2:
                 step = self._mend()
-            elif draw < 0.3 and self._planned:
+            elif draw < 0.33 and self._planned:
                 step = self._planned.pop(0)
             elif draw < 0.75:
                 step = self._progress()
@@ -107,7 +107,7 @@ class Chooser:
                 index = rng.randrange(len(node.todo)) if "slow" in faults else 0
                 steps += [("work", node.host, index, wrong)] * 2
         for proxy in world.proxies:
-            if proxy.opening and rng.random() < 0.5:
+            if proxy.opening and rng.random() < 0.2:
                 steps.append(("go_on", proxy.name, rng.randrange(len(proxy.opening))))
         return rng.choice(steps) if steps else None
 
@@ -147,8 +147,10 @@ class Chooser:
 
     def _viewer(self) -> Step | None:
         rng, door = self.rng, self.rng.choice(self.world.proxies)
-        if door.consoles and rng.random() < 0.15:
-            return "leave", door.name, rng.randrange(len(door.consoles))
+        if door.consoles and rng.random() < 0.3:
+            console = rng.randrange(len(door.consoles))
+            watched = door.consoles[console].vm.sid
+            return ("stop", watched, False) if rng.random() < 0.5 else ("leave", door.name, console)
         held = len(self.steps.tickets)
         if held and rng.random() < 0.4:
             return "knock", door.name, rng.randrange(held)
@@ -156,14 +158,23 @@ class Chooser:
         if not sid:
             return None
         nonce = f"{rng.getrandbits(128):032x}"
+        open_it: list[Step] = [("go_on", door.name, 0), ("go_on", door.name, 0)]
+        end_it: list[Step] = [("stop", sid, False), ("deliver", door.queue, 10)]
+        turn = rng.random()
         self._planned.append(("knock", door.name, held))
-        if rng.random() < 0.3:
-            self._planned.append(("stop", sid, False))
+        if turn < 0.3:
+            # The end comes while the host is dialled.
+            self._planned += [*end_it, *open_it]
+        elif turn < 0.6:
+            # The end comes before a second ticket is used; with it comes old news.
+            self._planned += [*open_it, ("ticket", sid, nonce[::-1]), *end_it]
             if "echo" in self.world.faults:
                 self._planned.append(("echo", "session.changed.v1", f"session.{sid}", sid, rng.randrange(3)))
-                self._planned.append(("knock", door.name, held))
+            self._planned += [("deliver", door.queue, 10), ("knock", door.name, held + 1)]
+        else:
+            self._planned += open_it
         if "odd_ticket" in self.world.faults and rng.random() < 0.5:
-            return "odd_ticket", sid, nonce, rng.choice(["number", "host", "key"])
+            return "odd_ticket", sid, nonce, rng.choice(["number", "number", "host", "key"])
         return "ticket", sid, nonce
 
     def _mend(self) -> Step | None:
@@ -193,7 +204,7 @@ class Chooser:
         broker = self.world.broker
         waiting = [(q, len(broker.pending(q))) for q in broker.queues() if q != "dead" and broker.pending(q)]
         # Commands are what matters most; heartbeats and announcements come by the dozen.
-        waiting += [entry for entry in waiting if entry[0].startswith("host.")] * 4
+        waiting += [entry for entry in waiting if entry[0].startswith(("host.", "scheduler.commands"))] * 4
         if not waiting:
             return None
         queue, count = self.rng.choice(waiting)
@@ -292,14 +303,17 @@ class Chooser:
         return "reboot_moved", self._host(), self.rng.randrange(1, 4)
 
     def _device(self) -> Step:
-        return "card", self.rng.choice(["h2", "h3"]), self.rng.randrange(2), self.rng.random() < 0.5, False
+        broker = self.world.broker
+        awaited = [host for host in ("h2", "h3") if broker.pending(f"host.{host}")]
+        self._planned.insert(0, ("wait", 5.0))  # until the agent has looked
+        return "card", self.rng.choice(awaited or ["h2", "h3"]), self.rng.randrange(2), self.rng.random() < 0.5, False
 
     def _guest_dies(self) -> Step | None:
         sid = self._running()
         return ("guest_dies", sid) if sid else None
 
     def _forge(self) -> Step:
-        return "forge", self._host(), self._sid(), self.rng.choice(["stop", "gone"])
+        return "forge", self._host(), self._running() or self._sid(), self.rng.choice(["stop", "gone"])
 
     def _declare_dead(self) -> Step:
         silent = [node.host for node in self.world.nodes.values() if not node.connected or node.paused]
