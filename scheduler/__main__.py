@@ -6,7 +6,6 @@ import argparse
 import logging
 import os
 import random
-import socket
 import ssl
 import sys
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from deskfleet.runtime.settings import SettingsError, load
 from deskfleet.scheduler.core import Scheduler
 from deskfleet.scheduler.decisions import Settings
 from deskfleet.scheduler.figures import Figures
-from deskfleet.scheduler.leadership import Leadership
+from deskfleet.scheduler.leadership import Leadership, is_gone, owner_name
 from deskfleet.scheduler.settings import SchedulerSchema
 from deskfleet.schemas import topology
 from deskfleet.schemas.catalogue import Catalogue
@@ -62,10 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         catalogue = Catalogue(Path(settings["machines"]["catalogue"]))
         rules: Settings = settings["scheduler"]["settings"]
         leadership = Leadership(
-            Lease(engine, f"{socket.gethostname()}:{os.getpid()}"),
+            Lease(engine, owner_name()),
             clock,
             partial(_bus, settings["scheduler"]["broker_url"], trust(settings["scheduler"]["broker_ca"]), loop, clock),
             lambda lease, bus: Scheduler(Writer(engine, lease), bus, clock, catalogue.machines, rules, loop.post),
+            is_gone,
         )
         metrics = Metrics("scheduler")
         metrics.registry.register(Figures(lambda: leadership.scheduler, rules.policy, clock, "deskfleet_scheduler"))

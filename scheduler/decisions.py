@@ -121,7 +121,7 @@ class Decisions:
         if step is None:
             machine = machines[session.machine]
             want = self.queue.want(session, machine)
-            never = never_fits(want, machine, self._fleet, policy, self._settled(now))
+            never = never_fits(session, want, machine, self._fleet, policy, self._settled(now))
             if never:
                 verdict = never.verdicts[0]
                 step = rejection(session, Reason.NEVER_FITS, verdict.detail)
@@ -174,7 +174,7 @@ class Decisions:
         if lifetime_s > session.lifetime_s:
             ends_at = self._fleet.ends_at(session, now)
             longer = unit.extend(session, lifetime_s)
-            self._fleet.ends(longer, ends_at + lifetime_s - session.lifetime_s)
+            self._fleet.ends(longer.sid, ends_at + lifetime_s - session.lifetime_s)
 
     def _drain(self, unit: Unit, request: DrainRequested) -> None:
         state = self._fleet.hosts.get(request.host)
@@ -279,7 +279,7 @@ class Decisions:
                 log.warning("%s failed several launches of %s and rests", host, session.machine)
         elif action.event is Event.READY:
             state.resting.worked(image)
-            self._fleet.ends(session, now + session.lifetime_s)
+            self._fleet.ends(session.sid, now + session.lifetime_s)
         self._leave(unit, action)
 
     def _leave(self, unit: Unit, step: Step) -> None:

@@ -6,6 +6,7 @@ The ledger is the truth. The cache is rebuilt from it at start and whenever a tr
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from deskfleet.scheduler.hosts import HostState, Usage
 from deskfleet.scheduler.placement import Index
@@ -31,6 +32,7 @@ class Fleet:
         self._age: dict[str, int] = {}
         self._arrived = 0
         self._ends: dict[str, float] = {}
+        self._leases: dict[str, Lease] = {}
         self._total: Usage | None = None
 
     def load(self, hosts: Iterable[Host], sessions: Iterable[Session]) -> None:
@@ -38,6 +40,7 @@ class Fleet:
         known, self.hosts, self.sessions = self.hosts, {}, {}
         self.index = Index(self._policy)
         self.used, self.grouped, self._on, self._waiting, self._age, self._total = {}, {}, {}, {}, {}, None
+        self._leases = {}
         for host in hosts:
             state = known.get(host.name) or self._new(host.name)
             state.generation, state.draining, state.dead = host.generation, host.draining, host.dead
@@ -94,8 +97,11 @@ class Fleet:
         on = self._on.setdefault(session.host, {})
         if sign > 0:
             on[session.sid] = session
+            ends_at = self._ends.get(session.sid)
+            self._leases[session.sid] = lease(session, ends_at, self._policy.guest_overhead_mib)
         else:
             on.pop(session.sid, None)
+            self._leases.pop(session.sid, None)
 
     def on(self, host: str) -> dict[str, Session]:
         """The sessions that hold resources on a host, by sid."""
@@ -116,7 +122,7 @@ class Fleet:
         self.index.put(state)
         for guest in report.guests:
             if guest.left_s is not None:
-                self._ends[guest.sid] = now + guest.left_s
+                self.ends(guest.sid, now + guest.left_s)
         return True
 
     def beaten(self, beat: HostBeat, now: float) -> HostReport | None:
@@ -135,21 +141,18 @@ class Fleet:
         return report
 
     def ends_at(self, session: Session, now: float) -> float:
-        """When a session's lease ends at the latest (monotonic seconds)."""
-        return self._ends.setdefault(session.sid, now + session.lifetime_s)
+        """When a session's lease ends at the latest (monotonic seconds), as far as is known."""
+        return self._ends.get(session.sid, now + session.lifetime_s)
 
-    def ends(self, session: Session, at: float) -> None:
+    def ends(self, sid: str, at: float) -> None:
         """A lease ends at `at` (monotonic seconds) at the latest."""
-        self._ends[session.sid] = at
+        self._ends[sid] = at
+        if sid in self._leases:
+            self._leases[sid] = replace(self._leases[sid], ends_at=at)
 
-    def leases(self, now: float) -> list[Lease]:
+    def leases(self) -> list[Lease]:
         """Every lease in the fleet."""
-        overhead = self._policy.guest_overhead_mib
-        return [
-            lease(session, self.ends_at(session, now), overhead)
-            for sessions in self._on.values()
-            for session in sessions.values()
-        ]
+        return list(self._leases.values())
 
     def total(self) -> Usage:
         """What all hosts that reported offer."""

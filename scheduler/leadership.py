@@ -8,7 +8,10 @@ steps down: somebody who stands by may reach both.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Callable
+from pathlib import Path
 
 from sqlalchemy.exc import DBAPIError
 
@@ -27,16 +30,26 @@ PATIENCE_S = 1.0
 
 
 class Leadership:
-    """Stands by, leads, steps down, and so on. Call `tick` a few times a second, on the thread that runs the bus's
-    handlers; `scheduler` is the one that leads, None while standing by."""
+    """Stands by, leads, steps down, and so on.
+
+    Call `tick` a few times a second, on the thread that runs the bus's handlers; `scheduler` is the one that leads,
+    None while standing by. `is_gone` tells of an owner whether it surely lives no more, so that nobody waits for a
+    process of this very machine that was killed.
+    """
 
     def __init__(
-        self, lease: Lease, clock: Clock, make_bus: Callable[[], Bus], make_scheduler: Callable[[Lease, Bus], Scheduler]
+        self,
+        lease: Lease,
+        clock: Clock,
+        make_bus: Callable[[], Bus],
+        make_scheduler: Callable[[Lease, Bus], Scheduler],
+        is_gone: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._lease = lease
         self._clock = clock
         self._make_bus = make_bus
         self._make_scheduler = make_scheduler
+        self._is_gone = is_gone
         self.scheduler: Scheduler | None = None
         self.bus = self._fresh_bus()
         self._seen: tuple[Standing, float] | None = None
@@ -75,7 +88,8 @@ class Leadership:
         self._answers = True
         if self._seen is None or self._seen[0] != standing:
             self._seen = standing, now
-        if standing.owner and now - self._seen[1] < TAKEOVER_S:
+        free = not standing.owner or self._is_gone(standing.owner)
+        if not free and now - self._seen[1] < TAKEOVER_S:
             return
         if self._lease.take(standing):
             log.info("leading from now on, after %s", standing.owner or "nobody")
@@ -110,3 +124,22 @@ class Leadership:
                 self._lease.release()
             except DBAPIError as error:
                 log.warning("the lease could not be released: %s", type(error.orig).__name__)
+
+
+def owner_name() -> str:
+    """This process's name as an owner: for people the host's name, and where a process number means something."""
+    return f"{socket.gethostname()} {_here()} {os.getpid()}"[:128]
+
+
+def is_gone(owner: str, proc: Path = Path("/proc")) -> bool:
+    """Whether an owner was a process of this boot and this process namespace, and there is no such process now."""
+    parts = owner.split(" ")
+    if len(parts) != 3:
+        return False
+    _, here, number = parts
+    return here == _here() and number.isdigit() and not (proc / number).exists()
+
+
+def _here() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{Path('/proc/self/ns/pid').readlink().name}"

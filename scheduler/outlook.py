@@ -11,7 +11,7 @@ from deskfleet.scheduler.hosts import HostState, Usage
 from deskfleet.scheduler.intake import refuse_launch
 from deskfleet.scheduler.placement import Placement, choose, explain
 from deskfleet.scheduler.plan import starts
-from deskfleet.scheduler.policy import Policy
+from deskfleet.scheduler.policy import Caps, Policy
 from deskfleet.scheduler.turns import over_cap
 from deskfleet.scheduler.waiting import Queue
 from deskfleet.schemas.errors import SENTENCES, Reason
@@ -55,7 +55,7 @@ def outlook(
         return Forecast(Outlook.NEVER, why=SENTENCES[reason], verdicts=(Verdict("", reason, refusal.detail),))
     machine = machines[session.machine]
     want = queue.want(session, machine)
-    never = never_fits(want, machine, fleet, policy, settled)
+    never = never_fits(session, want, machine, fleet, policy, settled)
     if never:
         return never
     at = queue.moment(now)
@@ -73,25 +73,25 @@ def outlook(
         ahead = [
             queue.want(entry, machines[entry.machine]) for entry in order[: place - 1] if entry.machine in machines
         ]
-        start = starts([*ahead, want], fleet.hosts, fleet.leases(now), at).get(session.sid)
+        start = starts([*ahead, want], fleet.hosts, fleet.leases(), at).get(session.sid)
         estimate = start.at - now if start else None
     return Forecast(Outlook.WAITS, place=place, estimate_s=estimate, verdicts=verdicts)
 
 
-def never_fits(want: Want, machine: Machine, fleet: Fleet, policy: Policy, settled: bool) -> Forecast | None:
+def never_fits(
+    session: Session, want: Want, machine: Machine, fleet: Fleet, policy: Policy, settled: bool
+) -> Forecast | None:
     """Why no host could ever give this, or no cap ever allow it; None when some day it may fit.
 
     A host that is drained or silent may come back, so its size counts. Until hosts had time to report, nothing is
     called impossible; nor while there is no host at all, which is somebody's mistake and not this request's.
     """
     size = want.resources
-    cap = over_cap(policy.user_caps, Usage(), size)
-    if cap:
-        return Forecast(
-            Outlook.NEVER,
-            why=f"{SENTENCES[Reason.NEVER_FITS]} One person may have at most: {_caps(policy)}.",
-            verdicts=(Verdict("", Reason.USER_CAP, cap),),
-        )
+    for whose, reason, caps in _caps_of(session, policy):
+        over = over_cap(caps, Usage(), size)
+        if over:
+            most = f"{SENTENCES[Reason.NEVER_FITS]} {whose} may have at most: {_caps(caps)}."
+            return Forecast(Outlook.NEVER, why=most, verdicts=(Verdict("", reason, over),))
     hosts = fleet.hosts.values()
     if not settled or any(_could_give(size, host, policy) for host in hosts if _eligible(want, host)):
         return None
@@ -107,8 +107,15 @@ def never_fits(want: Want, machine: Machine, fleet: Fleet, policy: Policy, settl
     return Forecast(Outlook.NEVER, why=SENTENCES[reason], largest=largest, verdicts=(Verdict("", reason, detail),))
 
 
-def _caps(policy: Policy) -> str:
-    caps = policy.user_caps
+def _caps_of(session: Session, policy: Policy) -> list[tuple[str, Reason, Caps]]:
+    """Every cap that counts for a session: whose it is, and under which reason it refuses."""
+    groups = [
+        (f"The group {name}", Reason.GROUP_CAP, caps) for name, caps in policy.group_caps if name in session.groups
+    ]
+    return [("One person", Reason.USER_CAP, policy.user_caps), *groups]
+
+
+def _caps(caps: Caps) -> str:
     pairs = ((caps.cpus, "CPUs"), (caps.memory_mib, "MiB of memory"), (caps.gpus, "GPUs"), (caps.sessions, "desktops"))
     return ", ".join(f"{cap} {label}" for cap, label in pairs if cap is not None)
 

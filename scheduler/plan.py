@@ -24,13 +24,19 @@ MOST_EVENTS = 5_000
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """What a session holds on a host, and when it ends at the latest (monotonic seconds)."""
+    """What a session holds on a host, and when it ends at the latest (monotonic seconds). None: its host has not said
+    yet, so it may last its whole lifetime from now on."""
 
     host: str
-    ends_at: float
+    ends_at: float | None
+    lifetime_s: float
     cpus: int
     memory_mib: int
     gpu: frozenset[str] = frozenset()
+
+    def end(self, now: float) -> float:
+        """Its end as seen from `now`; one that is overdue ends any moment."""
+        return max(now, now + self.lifetime_s if self.ends_at is None else self.ends_at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +48,10 @@ class Start:
     gpu: frozenset[str] = frozenset()
 
 
-def lease(session: Session, ends_at: float, overhead_mib: int) -> Lease:
+def lease(session: Session, ends_at: float | None, overhead_mib: int) -> Lease:
     """The lease of a session on its host."""
-    want = session.resources
-    gpu = frozenset(session.gpu_addresses)
-    return Lease(session.host, ends_at, want.cpus, want.memory_mib + overhead_mib, gpu)
+    want, gpu = session.resources, frozenset(session.gpu_addresses)
+    return Lease(session.host, ends_at, session.lifetime_s, want.cpus, want.memory_mib + overhead_mib, gpu)
 
 
 @dataclass(slots=True)
@@ -107,7 +112,7 @@ def reserve(
         return None
     room = Room.of(hosts[start.host], policy.max_sessions)
     for entry in leases:
-        if entry.host == start.host and entry.ends_at <= start.at:
+        if entry.host == start.host and entry.end(now) <= start.at:
             room.free(entry)
     room.take(want, start.gpu, policy.guest_overhead_mib)
     for_gpu = bool(want.resources.gpus)
@@ -130,7 +135,7 @@ def _play(
     """The queue over the ends of the leases: at each end, who fits into what is free there then starts."""
     overhead = at.policy.guest_overhead_mib
     bare = Moment(at.now, at.policy)
-    ends = [(max(entry.ends_at, at.now), number, entry) for number, entry in enumerate(leases)]
+    ends = [(entry.end(at.now), number, entry) for number, entry in enumerate(leases)]
     heapify(ends)
     rooms: dict[str, Room] = {}
     usable: dict[tuple[str, tuple[object, ...]], bool] = {}
@@ -166,6 +171,6 @@ def _play(
             room.take(want, gpu, overhead)
             del pending[want.sid]
             size, until = want.resources, now + want.lifetime_s
-            again = Lease(host.name, until, size.cpus, size.memory_mib + overhead, gpu)
+            again = Lease(host.name, until, want.lifetime_s, size.cpus, size.memory_mib + overhead, gpu)
             heappush(ends, (until, number * len(queue) + len(starts), again))
     return starts

@@ -201,7 +201,7 @@ class _Replay:
         session = replace(asked, queue_class=policy.class_of(asked.user, asked.groups))
         machine = self._machines[session.machine]
         want = self._queue.want(session, machine)
-        if never_fits(want, machine, self._fleet, policy, settled=True):
+        if never_fits(session, want, machine, self._fleet, policy, settled=True):
             self._result.fates[session.sid] = Fate.REFUSED
             return
         self._fleet.put(session)
@@ -218,7 +218,7 @@ class _Replay:
     def _placed(self, now: float) -> None:
         for session in self._ledger.placed:
             request, result = self._requests[session.sid], self._result
-            self._fleet.ends(session, now + session.lifetime_s)
+            self._fleet.ends(session.sid, now + session.lifetime_s)
             self._used = self._used.plus(session, +1, self._policy.guest_overhead_mib)
             result.fates[session.sid] = Fate.PLACED
             result.waits[session.sid] = now - request.at

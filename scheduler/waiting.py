@@ -3,8 +3,11 @@ own: it works on a `Unit`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from heapq import nsmallest
+from operator import itemgetter
 
 from deskfleet.ledger.reader import Wait
 from deskfleet.scheduler.filters import Moment, Reservation, Want
@@ -22,6 +25,10 @@ from deskfleet.schemas.verdict import Verdict
 
 #: So many of the queue get an estimate; for those behind them too much can happen.
 MOST_ESTIMATES = 200
+#: A pass is one transaction, and nobody else may lead meanwhile: so many rows are written in one, the rest in the next.
+MOST_TOLD = 1_000
+#: For so many of a kind, in one pass, a place is looked for that frees in time.
+MOST_PLANS = 3
 #: Seconds for which a reservation is good, and for which estimates are.
 _REPLAN_S = 1.0
 #: So few who wait get an estimate at once.
@@ -61,8 +68,8 @@ class Queue:
         self._estimates: dict[str, float] = {}  # sid -> monotonic seconds
         self._estimated = float("-inf")
         self._estimated_for: set[str] = set()
-        self._told: dict[str, tuple[object, ...]] = {}
-        self._told_all = float("-inf")
+        self._hopeless: dict[tuple[object, ...], float] = {}  # shapes that no lease end helps, and when that was seen
+        self._told: dict[str, tuple[float, tuple[object, ...]]] = {}  # sid -> when something was written down, and what
 
     def forget(self) -> None:
         """Drop what is known of sessions that have ended."""
@@ -117,6 +124,8 @@ class Queue:
         self._reserved = {
             kind: (entry, made) for kind, (entry, made) in self._reserved.items() if entry and entry.sid in owners
         }
+        self._hopeless = {shape: seen for shape, seen in self._hopeless.items() if now - seen < self._explain_s}
+        plans: Counter[str | None] = Counter()
         at = self.moment(now)
         refused: set[tuple[object, ...]] = set()
         blocked: list[Blocked] = []
@@ -132,46 +141,53 @@ class Queue:
                 choice = choose(want, self._fleet.index.walk(want), at)
                 if not isinstance(choice, NoFit):
                     unit.start(session, choice, machine)
+                    self._fleet.ends(session.sid, now + session.lifetime_s)
                     self._fleet.hosts[choice.host].resting.tries(machine.sha256, session.sid, now)
                     for kept in at.reservations.get(choice.host, ()):
                         kept.spend(want, now, self._policy.guest_overhead_mib)
                     self._stats.placed += 1
                     continue
                 refused.add(at.shape(want))
-                at = self._keep_room(want, at)
+                at = self._keep_room(want, at, plans)
             blocked.append(Blocked(session, want))
         self._tell(unit, blocked, at)
 
-    def _keep_room(self, want: Want, at: Moment) -> Moment:
-        """Keep room for the first of its kind that can't start now."""
-        kind = want.resources.gpu_model if want.resources.gpus else None
+    def _keep_room(self, want: Want, at: Moment, plans: Counter[str | None]) -> Moment:
+        """Keep room for the first of its kind that can't start now and that some lease end will let start."""
+        kind, shape = want.resources.gpu_model if want.resources.gpus else None, at.shape(want)
         held, _ = self._reserved.get(kind, (None, 0.0))
-        if held:
+        if held or shape in self._hopeless or plans[kind] >= MOST_PLANS:
             return at
-        made = reserve(want, self._fleet.hosts, self._fleet.leases(at.now), at.now, self._policy)
+        plans[kind] += 1
+        made = reserve(want, self._fleet.hosts, self._fleet.leases(), at.now, self._policy)
+        if made is None:
+            self._hopeless[shape] = at.now
+            return at
         self._reserved[kind] = (made, at.now)
-        return self.moment(at.now) if made else at
+        return self.moment(at.now)
 
     def _tell(self, unit: Unit, blocked: list[Blocked], at: Moment) -> None:
         """Write down place, estimate and reasons: when they change, else now and then, since figures always do."""
-        everything = at.now - self._told_all >= self._explain_s
-        if everything:
-            self._told_all = at.now
-        self._estimate(blocked, at, everything)
+        self._estimate(blocked, at)
         shared: dict[tuple[object, ...], tuple[Verdict, ...]] = {}
-        rows = []
+        due = []
         for place, entry in enumerate(blocked, 1):
             sid = entry.session.sid
             verdicts = self._verdicts(entry, at, shared)
             news = (place, sid in self._estimates, tuple((verdict.host, verdict.reason) for verdict in verdicts))
-            if not everything and self._told.get(sid) == news:
+            told_at, told = self._told.get(sid, (float("-inf"), ()))
+            if told == news and at.now - told_at < self._explain_s:
                 continue
-            if self._told.get(sid) != news:
+            due.append((told_at, place, entry.session, verdicts, news))
+        rows = []
+        # Whoever was told longest ago comes first.
+        for _, place, session, verdicts, news in nsmallest(MOST_TOLD, due, key=itemgetter(0)):
+            if self._told.get(session.sid, (0.0, ()))[1] != news:
                 self._stats.refused.update(verdict.reason for verdict in verdicts)
-            self._told[sid] = news
-            estimate = self._estimates.get(sid)
+            self._told[session.sid] = at.now, news
+            estimate = self._estimates.get(session.sid)
             wait = Wait(place, None if estimate is None else max(0.0, estimate - at.now), verdicts)
-            rows.append((sid, wait, self.waited.get(sid, entry.session.waited_s)))
+            rows.append((session.sid, wait, self.waited.get(session.sid, session.waited_s)))
         unit.tx.explain(rows)
 
     def _verdicts(
@@ -184,12 +200,13 @@ class Queue:
             shared[shape] = explain(entry.want, self._fleet.hosts.values(), at)
         return (*shared[shape], *self.failures.get(entry.session.sid, ()))
 
-    def _estimate(self, blocked: list[Blocked], at: Moment, everything: bool) -> None:
+    def _estimate(self, blocked: list[Blocked], at: Moment) -> None:
         wants = [entry.want for entry in blocked[:MOST_ESTIMATES] if entry.want]
         new = any(want.sid not in self._estimated_for for want in wants)
-        due = at.now - self._estimated >= _REPLAN_S or len(wants) <= _FEW
-        if not wants or not (everything or (new and due)):
+        age = at.now - self._estimated
+        soon = new and (age >= _REPLAN_S or len(wants) <= _FEW)
+        if not wants or not (soon or age >= self._explain_s):
             return
         self._estimated, self._estimated_for = at.now, {want.sid for want in wants}
-        expected = starts(wants, self._fleet.hosts, self._fleet.leases(at.now), at)
+        expected = starts(wants, self._fleet.hosts, self._fleet.leases(), at)
         self._estimates = {sid: start.at for sid, start in expected.items()}

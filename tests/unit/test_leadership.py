@@ -18,7 +18,7 @@ from deskfleet.runtime.bus import Bus
 from deskfleet.runtime.memory_bus import MemoryBroker, MemoryBus
 from deskfleet.scheduler.core import Scheduler
 from deskfleet.scheduler.decisions import Settings
-from deskfleet.scheduler.leadership import PATIENCE_S, TAKEOVER_S, Leadership
+from deskfleet.scheduler.leadership import PATIENCE_S, TAKEOVER_S, Leadership, is_gone, owner_name
 from deskfleet.schemas import topology
 
 
@@ -133,3 +133,20 @@ def test_an_orderly_stop_hands_over_at_once(stage: Stage) -> None:
     stage.one.leadership.stop()
     stage.pass_time(0.5, stage.two)
     assert stage.two.leads and stage.consumers() == 1
+
+
+def test_only_a_process_of_this_boot_and_namespace_that_is_not_there_is_surely_gone(tmp_path: Path) -> None:
+    mine = owner_name()
+    host, here, number = mine.split(" ")
+    assert not is_gone(mine), "it is this very process"
+    (tmp_path / number).mkdir()
+    assert not is_gone(mine, tmp_path)
+    assert is_gone(f"{host} {here} 999999999")
+    for stranger in (f"{host} other-boot/pid:[1] 999999999", "", "nonsense", f"{host} {here} x", f"{host} {here} "):
+        assert not is_gone(stranger)
+
+
+def test_nobody_waits_for_a_leader_that_was_killed_on_this_machine(stage: Stage) -> None:
+    stage.two.leadership._is_gone = lambda owner: owner == "one"
+    stage.pass_time(0.5, stage.two)
+    assert stage.two.leads

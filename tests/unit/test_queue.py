@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from support.hosts import MACHINE, POLICY, gpu
 from support.scheduling import Control
 
+from deskfleet.scheduler import waiting
+from deskfleet.scheduler.filters import Want
 from deskfleet.scheduler.policy import Caps, Pool, QueueClass
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.messages import HostFence, VmStop
@@ -365,3 +368,42 @@ def test_an_extension_that_was_lost_on_its_way_is_told_again() -> None:
     host.deaf = False
     control.wait(12)
     assert host.guests[sid][0].lifetime_s == 900
+
+
+def test_more_than_a_group_may_have_at_all_is_refused_at_once() -> None:
+    control = Control(replace(POLICY, group_caps=(("students", Caps(cpus=2)),)))
+    control.host(cpus=8)
+    sid = control.launch(cpus=4, groups=("students",))
+    assert control.session(sid).reason is Reason.NEVER_FITS
+    assert control.state(control.launch(cpus=4)) == "running", "others are not the group"
+
+
+def test_a_long_queue_is_told_bit_by_bit_and_everybody_gets_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "MOST_TOLD", 3)
+    control = Control(ONE_EACH)
+    control.host(cpus=1)
+    control.launch(lifetime_s=36_000)
+    sids = [control.launch(f"u{n:02}") for n in range(10)]
+    control.wait(6)
+    assert [control.told(sid).place for sid in sids] == list(range(1, 11))
+
+
+def test_requests_that_no_lease_helps_do_not_keep_room_from_those_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+    real = waiting.reserve
+
+    def counting(want: Want, *args: object) -> object:
+        looked.append(want.sid)
+        return real(want, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(waiting, "reserve", counting)
+    control = Control(ONE_EACH, settle_s=1e9)
+    control.host(cpus=4)
+    control.launch("a", cpus=3, lifetime_s=500)
+    hopeless = [control.launch(f"h{n}", cpus=5, memory_mib=64 + n) for n in range(6)]
+    large = control.launch("big", cpus=4)
+    looked.clear()
+    control.wait(4)
+    small = control.launch("s", cpus=1, lifetime_s=5000)
+    assert control.state(small) == "queued" and reasons(control, small) == [("h1", Reason.RESERVED)]
+    assert set(looked) <= {*hopeless, large} and len(looked) < 4 * waiting.MOST_PLANS
