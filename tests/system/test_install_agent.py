@@ -1,0 +1,253 @@
+"""deploy/install-agent on a bare Debian with its own systemd, from nothing to a host to nothing; and the units."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from demo.broker import PrivateBroker, free_port
+from support.debian import Debian
+from support.guests import PATIENCE, ROOT, SMALL, build_tiny, short_folder, start_order
+from support.rfb import Rfb, UnixStream
+from support.screen import TINY_TEXT, identity, read_identity, region_hash
+
+from deskfleet.agent.argv import uuid_of
+from deskfleet.runtime import rights
+from deskfleet.runtime.amqp import AmqpBus
+from deskfleet.runtime.bus import Outgoing
+from deskfleet.runtime.certificates import Authority
+from deskfleet.runtime.service import SystemClock
+from deskfleet.schemas import topology
+from deskfleet.schemas.bundle import Bundle
+from deskfleet.schemas.machine import Machine
+from deskfleet.schemas.messages import HostFence, VmStart
+from deskfleet.schemas.wire import encode
+
+SID = "7" * 32
+SECRET = "s" * 40
+INSTALL = "bash /src/deploy/install-agent"
+UNITS = sorted((ROOT / "deploy/systemd").glob("*.service"))
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_systemd_understands_and_approves_the_units(unit: Path, tmp_path: Path) -> None:
+    """Levels by systemd's own count, 0 to 10, lower is better. The agent starts guests as other users, so it can't get
+    as low as the rest."""
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    copy = tmp_path / unit.name
+    copy.write_text(re.sub(r"ExecStart=\S+", f"ExecStart={program}", unit.read_text()))
+    verified = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True, check=False)
+    assert (verified.returncode, verified.stdout + verified.stderr) == (0, "")
+    threshold = "45" if "agent" in unit.name else "20"
+    line = ["systemd-analyze", "security", "--offline=true", f"--threshold={threshold}", "--no-pager", copy]
+    rated = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert rated.returncode == 0, rated.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--nonsense", "unknown: --nonsense (--help says what there is)"),
+        ("--bundle", "--bundle needs a value"),
+        ("--bundle /nowhere", "there is no /nowhere"),
+        ("--purge", "--purge goes with --uninstall"),
+        ("", "run me as root: I install packages, a service, and files below /opt and /etc"),
+    ],
+)
+def test_what_it_refuses(arguments: str, sentence: str) -> None:
+    with short_folder() as folder:
+        script = shutil.copy(ROOT / "deploy/install-agent", folder)
+        line = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "bash", script, *arguments.split()]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, f"install-agent: {sentence}\n")
+
+
+class Site:
+    """A bare machine, wheels of two versions and of one that does not start, a broker, and one image."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ops = free_port()
+        for name, version in (("one", "1.0.0"), ("two", "2.0.0"), ("bad", "3.0.0")):
+            _wheels(folder, name, version)
+        self.machine: Machine = build_tiny(folder / "tiny")
+        mounts = {f"/{name}": folder / name for name in ("one", "two", "bad")}
+        self.debian = Debian(folder / "root", {**mounts, "/src": ROOT, "/tiny": folder / "tiny"})
+        host = rights.host("h7", SECRET)
+        own = rights.services(dict.fromkeys(("scheduler", "portal", "proxy"), SECRET))
+        self.broker = PrivateBroker(folder / "mq", {key: own.get(key, []) + host.get(key, []) for key in own | host})
+
+    def bundle(self) -> str:
+        authority = Authority(self.folder / "ca")
+        cert, key = (path.read_text() for path in authority.issue("h7", "serverAuth"))
+        url = self.broker.url("agent-h7", SECRET)
+        return Bundle("h7", url, f"localhost:{free_port()}", cert, key, authority.certificate.read_text()).dumps()
+
+    def pid(self) -> int:
+        """The agent's, as its systemd sees it."""
+        return int(self.debian.ok("systemctl show --property MainPID --value deskfleet-agent"))
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ops}/metrics", timeout=10) as page:
+            text = page.read().decode()
+        found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+        assert found, text
+        return float(found[1])
+
+    def ours(self) -> list[str]:
+        """Files by our name anywhere on the machine's own file systems."""
+        found = self.debian.ok("find / /run -xdev -name '*deskfleet*' ! -path '/proc/*' ! -path '/tmp/*' -prune").split()
+        return sorted(found)
+
+
+def _wheels(folder: Path, name: str, version: str) -> None:
+    """A folder of wheels that needs no package index; the first one holds what the others need as well."""
+    source = folder / "source"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "tests", "docs", "*.egg-info", "out"))
+    setup = (source / "setup.cfg").read_text()
+    (source / "setup.cfg").write_text(setup.replace("version = 0.1.0", f"version = {version}", 1))
+    if name == "bad":
+        main = source / "agent/__main__.py"
+        main.write_text(main.read_text().replace("    service.recover()\n", "    raise OSError('broken')\n"))
+    what = [f"{source}[agent]", "setuptools>=77"] if name == "one" else ["--no-deps", str(source)]
+    line = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(folder / name), *what]
+    subprocess.run(line, check=True, timeout=300)
+    if name != "one":
+        for wheel in (folder / "one").glob("*.whl"):
+            if not wheel.name.startswith("deskfleet-"):
+                (folder / name / wheel.name).hardlink_to(wheel)
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    with short_folder() as folder:
+        site = Site(folder)
+        with site.debian, site.broker:
+            yield site
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"waited for {what}"
+        time.sleep(0.05)
+
+
+def send(site: Site, *messages: HostFence | VmStart) -> None:
+    """Commands to the host, as its scheduler."""
+    up = threading.Event()
+    bus = AmqpBus(
+        [site.broker.url("scheduler", SECRET)], name="test", dispatch=lambda action: action(), clock=SystemClock(),
+        rng=random.Random(1), declare=topology.core(),
+    )  # fmt: skip
+    bus.on_connect(up.set)
+    bus.start()
+    assert up.wait(PATIENCE)
+    for message in messages:
+        kind, body = encode(message)
+        bus.publish(Outgoing(topology.COMMANDS, topology.host_queue("h7"), kind, body)).result(PATIENCE)
+    bus.stop()
+
+
+def qemu() -> psutil.Process:
+    return next(
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if uuid_of(SID) in (line := process.info["cmdline"] or []) and "qemu-system" in line[0]
+    )
+
+
+def status_of(process: psutil.Process) -> dict[str, str]:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
+    debian = site.debian
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/one"}
+
+    # Where systemd does not run, everything is put in place and what is left to do is said.
+    done = debian.without_systemd(INSTALL, **offline)
+    assert done.returncode == 0, done.stdout
+    assert "systemd does not run here; start it with /usr/local/bin/deskfleet-agent" in done.stdout
+    version = re.search(r"installing release (\S+)", done.stdout)
+    assert version and debian.ok("readlink /opt/deskfleet/current").strip() == f"/opt/deskfleet/releases/{version[1]}"
+    assert debian.ok("getent group kvm")
+    assert 'GROUP="kvm"' in debian.path("/etc/udev/rules.d/65-deskfleet-kvm.rules").read_text()
+    assert "not started: this machine is no host yet" in debian.ok(INSTALL, **offline)
+    debian.ok(f"{INSTALL} --uninstall --purge")
+    assert site.ours() == []
+
+    # With a bundle it becomes a host; a second run changes nothing.
+    (debian.root / "root/h7.bundle").write_text(site.bundle())
+    override = debian.root / "etc/systemd/system/deskfleet-agent.service.d/ops.conf"
+    override.parent.mkdir()
+    override.write_text(f"[Service]\nEnvironment=DESKFLEET_AGENT__OPS_LISTEN=127.0.0.1:{site.ops}\n")
+    first = debian.ok(f"{INSTALL} --from /one --bundle /root/h7.bundle")
+    assert re.search(r"^good +qemu ", first, re.MULTILINE) and re.search(r"^good +broker ", first, re.MULTILINE), first
+    assert first.endswith("the agent runs\n")
+    agent, files = site.pid(), debian.ok("find /opt /etc /usr/local -printf '%p %T@ %l\n' | grep -v __pycache__ | sort")
+    again = debian.ok(f"{INSTALL} --from /one --bundle /root/h7.bundle")
+    assert "release 1.0.0-1 is current" in again and "this machine is a host already" in again
+    assert site.pid() == agent
+    assert debian.ok("find /opt /etc /usr/local -printf '%p %T@ %l\n' | grep -v __pycache__ | sort") == files
+
+    # A guest runs inside the unit's sandbox, with a picture, a keyboard and a network.
+    debian.ok("cp /tiny/images/* /var/lib/deskfleet/images/")
+    send(site, HostFence("h7", 0))
+    until(lambda: site.metric("deskfleet_agent_guests") == 0, "the agent")
+    time.sleep(6)
+    send(site, start_order(site.machine, SID, 1, resources=SMALL))
+    socket = debian.path(f"/run/deskfleet/{SID}/vnc.sock")
+    until(socket.exists, "the display")
+    viewer = Rfb(UnixStream(socket))
+    until(lambda: read_identity(viewer.picture()) == identity(SID), "the guest's picture")
+    guest = qemu()
+    facts = status_of(guest)
+    assert facts["Uid"].split()[0] == "200000" and facts["NoNewPrivs"] == "1" and int(facts["CapEff"], 16) == 0
+    kept = psutil.Process(guest.ppid())
+    assert int(status_of(kept)["CapBnd"], 16) == 0x14EB & int(status_of(kept)["CapBnd"], 16)
+    assert [p for p in psutil.process_iter(["name", "uids"]) if p.info["name"].startswith("passt")
+            and p.info["uids"].real == 200_000], "no passt runs for the guest"
+
+    # An upgrade: another agent, the same guest under the same viewer. The former release stays.
+    assert debian.ok(f"{INSTALL} --from /two").endswith("the agent runs\n")
+    upgraded = site.pid()
+    assert upgraded != agent and debian.ok("readlink /opt/deskfleet/current").endswith("/2.0.0-1\n")
+    assert guest.is_running() and site.metric("deskfleet_agent_guests") == 1
+    before = region_hash(viewer.picture(), TINY_TEXT)
+    viewer.type("hello")
+    until(lambda: region_hash(viewer.picture(), TINY_TEXT) != before, "the typed text")
+    assert debian.ok("ls /opt/deskfleet/releases").split() == ["1.0.0-1", "2.0.0-1"]
+
+    # A release that does not start is left again.
+    failed = debian.run(f"{INSTALL} --from /bad")
+    assert failed.returncode == 1 and "so the former one is current again" in failed.stdout
+    assert debian.ok("readlink /opt/deskfleet/current").endswith("/2.0.0-1\n")
+    until(lambda: debian.run("systemctl is-active deskfleet-agent").returncode == 0, "the former release")
+    assert guest.is_running() and site.metric("deskfleet_agent_guests") == 1
+
+    # Nobody's desktop is taken away by mistake.
+    refused = debian.run(f"{INSTALL} --uninstall")
+    assert refused.returncode == 1 and "1 desktops run here" in refused.stdout
+    assert guest.is_running() and debian.run("systemctl is-active deskfleet-agent").returncode == 0
+    shutil.rmtree(override.parent)
+    assert "the agent is gone" in debian.ok(f"{INSTALL} --uninstall --purge")
+    until(lambda: not guest.is_running(), "the guest's end")
+    assert site.ours() == []
+    assert debian.run("systemctl cat deskfleet-agent").returncode != 0
+    assert "deskfleet" not in debian.ok("nft list tables")
+    assert not [line for line in debian.ok("ps ax -o args").splitlines() if "deskfleet" in line]
