@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 _PLANTED = "test_a_planted_mistake_is_caught["
+
+
+@pytest.fixture(autouse=True)
+def _silence() -> Iterator[None]:
+    """Walks are full of trouble, and nobody reads what the services log about it."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -315,7 +315,8 @@ class Evidence:
             "guest_off": sid in self.ended_itself,
             "stopped": sid in self.stop_asked,
             "cancelled": sid in self.stop_asked,
-            "no_capacity": now - asked_at >= wait_s,
+            # Waits are counted once a second.
+            "no_capacity": now - asked_at >= wait_s - 2.0,
             "rejected": request is not None
             and (request.machine == "gone" or request.resources.cpus > CPUS * 2 or request.resources.gpus > 0),
         }

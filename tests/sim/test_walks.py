@@ -16,6 +16,8 @@ from sim.walk import FAULTS, Walk
 SEEDS = int(os.environ.get("DESKFLEET_SEEDS", "500"))
 CHUNK = 25
 REPEATED = range(20)
+#: Walks that are made twice, with wrong clocks and with right ones.
+TWINS = max(50, SEEDS // 50)
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
@@ -57,9 +59,9 @@ def test_one_seed_is_one_history_whatever_the_hash_seed() -> None:
     assert len(set(here)) == len(here)
 
 
-@pytest.mark.parametrize("first", range(0, max(1, SEEDS // 10), CHUNK))
+@pytest.mark.parametrize("first", range(0, TWINS, CHUNK))
 def test_clocks_that_are_wrong_change_no_decision(first: int) -> None:
-    for seed in range(first, min(first + CHUNK, max(1, SEEDS // 10))):
+    for seed in range(first, min(first + CHUNK, TWINS)):
         wrong = Walk(seed, faults=Walk.drawn(seed) | {"clock"})
         wrong.run()
         right = Walk(seed, [step for step in wrong.steps if step[0] != "clock"], wrong.faults)
