@@ -59,6 +59,7 @@ class Debian:
         self.root = root
         self._mounts = mounts
         self._cgroup = _cgroup2() / root.parent.name
+        self._init = 0
 
     def __enter__(self) -> Debian:
         codename = dict(
@@ -71,11 +72,17 @@ class Debian:
         self._cgroup.mkdir()
         environ = {**os.environ, "ROOT": str(self.root), "CGROUP": str(self._cgroup)}
         self._unshare = subprocess.Popen(
-            ["sh", "-c", _BOOT], env=environ, stdin=subprocess.DEVNULL, start_new_session=True
+            ["sh", "-c", _BOOT],
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
         )
         deadline = time.monotonic() + 60
         while not self._booted():
-            assert self._unshare.poll() is None and time.monotonic() < deadline, "systemd does not boot"
+            if self._unshare.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise AssertionError("systemd does not boot")
             time.sleep(0.1)
         return self
 
@@ -85,16 +92,12 @@ class Debian:
         return bool(self._init) and self.run("systemctl is-system-running").stdout.strip() in ("running", "degraded")
 
     def __exit__(self, *_: object) -> None:
-        # The first process of a pid namespace takes all others with it.
-        os.kill(self._init, signal.SIGKILL)
+        if self._init:
+            os.kill(self._init, signal.SIGKILL)  # the first process of a pid namespace takes all others with it
         self._unshare.wait(30)
-        deadline = time.monotonic() + 30
-        while list(self._cgroup.rglob("cgroup.procs")) and time.monotonic() < deadline:
-            for folder in sorted(self._cgroup.rglob("*/"), reverse=True):
-                if folder.is_dir():
-                    _remove(folder)
-            _remove(self._cgroup)
-            time.sleep(0.05)
+        folders = [Path(name) for name, _, _ in os.walk(self._cgroup, topdown=False)]
+        for folder in folders:
+            folder.rmdir()
 
     def run(self, command: str, **environ: str) -> subprocess.CompletedProcess[str]:
         """Run a shell command there; output and errors together."""
@@ -116,20 +119,13 @@ class Debian:
         return Path(f"/proc/{self._init}/root{name}")
 
     def _enter(self, line: list[str], environ: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        # Entering a mount namespace makes its root ours.
         path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
         words = [f"{key}={value}" for key, value in {"PATH": path, "HOME": "/root", **environ}.items()]
         enter = ["nsenter", "--target", str(self._init), "--mount", "--pid", "--cgroup", "--uts", "--ipc"]
         return subprocess.run(
-            [*enter, "--root", "--wd=/", "env", "-i", *words, *line],
+            [*enter, "env", "-i", *words, *line],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
             timeout=300,
         )  # fmt: skip
-
-
-def _remove(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        return
-
 
