@@ -35,7 +35,7 @@ from deskfleet.schemas.wire import encode
 
 SID = "7" * 32
 SECRET = "s" * 40
-INSTALL = "bash /src/deploy/install-agent"
+INSTALL = "bash /mnt/src/deploy/install-agent"
 UNITS = sorted((ROOT / "deploy/systemd").glob("*.service"))
 
 
@@ -83,8 +83,8 @@ class Site:
         for name, version in (("one", "1.0.0"), ("two", "2.0.0"), ("bad", "3.0.0")):
             _wheels(folder, name, version)
         self.machine: Machine = build_tiny(folder / "tiny")
-        mounts = {f"/{name}": folder / name for name in ("one", "two", "bad")}
-        self.debian = Debian(folder / "root", {**mounts, "/src": ROOT, "/tiny": folder / "tiny"})
+        mounts = {f"/mnt/{name}": folder / name for name in ("one", "two", "bad")}
+        self.debian = Debian(folder / "root", {**mounts, "/mnt/src": ROOT, "/mnt/tiny": folder / "tiny"})
         host = rights.host("h7", SECRET)
         own = rights.services(dict.fromkeys(("scheduler", "portal", "proxy"), SECRET))
         self.broker = PrivateBroker(folder / "mq", {key: own.get(key, []) + host.get(key, []) for key in own | host})
@@ -107,9 +107,9 @@ class Site:
         return float(found[1])
 
     def ours(self) -> list[str]:
-        """Files by our name anywhere on the machine's own file systems."""
-        found = self.debian.ok("find / /run -xdev -name '*deskfleet*' ! -path '/proc/*' ! -path '/tmp/*' -prune").split()
-        return sorted(found)
+        """Files by our name anywhere on the machine."""
+        others = "-path /mnt -prune -o -path /proc -prune -o -path /sys -prune"
+        return sorted(self.debian.ok(f"find / {others} -o -name '*deskfleet*' -print").split())
 
 
 def _wheels(folder: Path, name: str, version: str) -> None:
@@ -122,7 +122,8 @@ def _wheels(folder: Path, name: str, version: str) -> None:
     if name == "bad":
         main = source / "agent/__main__.py"
         main.write_text(main.read_text().replace("    service.recover()\n", "    raise OSError('broken')\n"))
-    what = [f"{source}[agent]", "setuptools>=77"] if name == "one" else ["--no-deps", str(source)]
+    # async-timeout is for the Python of a Debian, which may be older than this one.
+    what = [f"{source}[agent]", "setuptools>=77", "async-timeout>=4.0.3"] if name == "one" else ["--no-deps", str(source)]
     line = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(folder / name), *what]
     subprocess.run(line, check=True, timeout=300)
     if name != "one":
@@ -177,7 +178,7 @@ def status_of(process: psutil.Process) -> dict[str, str]:
 
 def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
     debian = site.debian
-    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/one"}
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/mnt/one"}
 
     # Where systemd does not run, everything is put in place and what is left to do is said.
     done = debian.without_systemd(INSTALL, **offline)
@@ -196,17 +197,17 @@ def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
     override = debian.root / "etc/systemd/system/deskfleet-agent.service.d/ops.conf"
     override.parent.mkdir()
     override.write_text(f"[Service]\nEnvironment=DESKFLEET_AGENT__OPS_LISTEN=127.0.0.1:{site.ops}\n")
-    first = debian.ok(f"{INSTALL} --from /one --bundle /root/h7.bundle")
+    first = debian.ok(f"{INSTALL} --from /mnt/one --bundle /root/h7.bundle")
     assert re.search(r"^good +qemu ", first, re.MULTILINE) and re.search(r"^good +broker ", first, re.MULTILINE), first
     assert first.endswith("the agent runs\n")
     agent, files = site.pid(), debian.ok("find /opt /etc /usr/local -printf '%p %T@ %l\n' | grep -v __pycache__ | sort")
-    again = debian.ok(f"{INSTALL} --from /one --bundle /root/h7.bundle")
+    again = debian.ok(f"{INSTALL} --from /mnt/one --bundle /root/h7.bundle")
     assert "release 1.0.0-1 is current" in again and "this machine is a host already" in again
     assert site.pid() == agent
     assert debian.ok("find /opt /etc /usr/local -printf '%p %T@ %l\n' | grep -v __pycache__ | sort") == files
 
     # A guest runs inside the unit's sandbox, with a picture, a keyboard and a network.
-    debian.ok("cp /tiny/images/* /var/lib/deskfleet/images/")
+    debian.ok("cp /mnt/tiny/images/* /var/lib/deskfleet/images/")
     send(site, HostFence("h7", 0))
     until(lambda: site.metric("deskfleet_agent_guests") == 0, "the agent")
     time.sleep(6)
@@ -224,7 +225,7 @@ def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
             and p.info["uids"].real == 200_000], "no passt runs for the guest"
 
     # An upgrade: another agent, the same guest under the same viewer. The former release stays.
-    assert debian.ok(f"{INSTALL} --from /two").endswith("the agent runs\n")
+    assert debian.ok(f"{INSTALL} --from /mnt/two").endswith("the agent runs\n")
     upgraded = site.pid()
     assert upgraded != agent and debian.ok("readlink /opt/deskfleet/current").endswith("/2.0.0-1\n")
     assert guest.is_running() and site.metric("deskfleet_agent_guests") == 1
@@ -234,7 +235,7 @@ def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
     assert debian.ok("ls /opt/deskfleet/releases").split() == ["1.0.0-1", "2.0.0-1"]
 
     # A release that does not start is left again.
-    failed = debian.run(f"{INSTALL} --from /bad")
+    failed = debian.run(f"{INSTALL} --from /mnt/bad")
     assert failed.returncode == 1 and "so the former one is current again" in failed.stdout
     assert debian.ok("readlink /opt/deskfleet/current").endswith("/2.0.0-1\n")
     until(lambda: debian.run("systemctl is-active deskfleet-agent").returncode == 0, "the former release")
