@@ -14,7 +14,6 @@ pipe ends for each living child, and a child waits with select(2), which takes f
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ipaddress
 import logging
 import multiprocessing
@@ -107,18 +106,25 @@ class SessionToken(BasePlugin):  # type: ignore[misc]  # websockify is not typed
         raise TokenRefused(HTTPStatus.NOT_FOUND, f"no display of {sid} here")
 
 
-def expire_nonces(folder: Path, older_than_s: float, now: float) -> int:
-    """Remove the nonces used more than `older_than_s` before `now` (UNIX seconds); return how many.
+class UsedNonces:
+    """Forgets used nonces after a while. Their age is counted from when they were first seen here, by a clock that no
+    date moves: by the files' own times, a date set forward would let a used ticket in again."""
 
-    `older_than_s` must be well above a ticket's lifetime: a removed nonce could be used again while its ticket lives.
-    """
-    removed = 0
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if NONCE.fullmatch(path.name) and now - path.lstat().st_mtime > older_than_s:
-                path.unlink()
-                removed += 1
-    return removed
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: dict[str, float] = {}
+
+    def expire(self, older_than_s: float, now: float) -> int:
+        """Remove the nonces seen first more than `older_than_s` before `now` (monotonic seconds); return how many.
+
+        `older_than_s` must be well above a ticket's lifetime: a removed nonce could be used again while it lives.
+        """
+        names = {path.name for path in self._folder.iterdir() if NONCE.fullmatch(path.name)}
+        self._seen = {name: self._seen.get(name, now) for name in names}
+        old = [name for name, seen in self._seen.items() if now - seen > older_than_s]
+        for name in old:
+            (self._folder / name).unlink(missing_ok=True)
+        return len(old)
 
 
 class _Handler(ProxyRequestHandler):  # type: ignore[misc]

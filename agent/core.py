@@ -27,8 +27,10 @@ from deskfleet.schemas.session import Outcome
 
 log = logging.getLogger(__name__)
 
-#: How long an ended guest stays in the heartbeats, and how many of them at most.
+#: How long an ended guest stays in the heartbeats: long enough for a scheduler that was cut off to hear of one that has
+#: run, lest it starts it again. And how many of them at most.
 REMEMBER_S = 600.0
+REMEMBER_RUN_S = 24 * 3600.0
 REMEMBER = 500
 
 
@@ -92,7 +94,7 @@ class Agent:
         self._entries: dict[str, Entry] = {}
         self._watch: dict[str, _Watch] = {}
         self.last_generation = 0
-        #: True until the scheduler said where the numbers are: a lost journal must not start old commands again.
+        #: True until the scheduler said, in this life of the agent, where the numbers are.
         self.fenced = True
 
     def recover(self) -> None:
@@ -102,7 +104,9 @@ class Agent:
             JournalError: the journal can't be read; the agent must not go on.
         """
         self._entries, stored = self._journal.load()
-        self.fenced = stored is None
+        # Every command from before counts no more. One that was refused, and whose refusal the disk did not take, must
+        # not be obeyed when it is delivered again: the scheduler has sent the session elsewhere since.
+        self.fenced = True
         self.last_generation = max([stored or 0, *(entry.generation for entry in self._entries.values())])
         for entry in list(self._entries.values()):
             if entry.boot_id != self._boot_id:
@@ -159,8 +163,8 @@ class Agent:
     # --- commands -------------------------------------------------------------------------------------------
 
     def fence(self, fence: HostFence) -> None:
-        """Learn where the numbers are: nothing starts any more under this one or a lower one. An agent that lost its
-        journal waits for it; one whose host was declared dead is told which commands are void."""
+        """Learn where the numbers are: nothing starts any more under this one or a lower one. An agent that begins
+        waits for it; one whose host was declared dead is told which commands are void."""
         if not self.fenced and fence.generation <= self.last_generation:
             return
         generation = max(fence.generation, self.last_generation)
@@ -308,7 +312,8 @@ class Agent:
                 if due:
                     self._begin_stop(entry, *due)
         ended = sorted((e for e in self._entries.values() if not e.live), key=lambda e: e.ended_at)
-        old = [e for e in ended if now - e.ended_at > REMEMBER_S] or ended[: max(0, len(ended) - REMEMBER)]
+        old = [e for e in ended if now - e.ended_at > (REMEMBER_RUN_S if e.ran else REMEMBER_S)]
+        old = old or ended[: max(0, len(ended) - REMEMBER)]
         if old and not self.fenced:
             try:
                 self._journal.set_generation(self.last_generation)  # it must outlive the entries that carry it

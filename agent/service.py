@@ -16,7 +16,7 @@ from typing import IO
 from deskfleet.agent import guard
 from deskfleet.agent.accel import Accel
 from deskfleet.agent.bridge import Bridge
-from deskfleet.agent.console import expire_nonces
+from deskfleet.agent.console import UsedNonces
 from deskfleet.agent.core import Agent
 from deskfleet.agent.devices import kvm_groups
 from deskfleet.agent.facts import boot_id, read_facts
@@ -196,13 +196,14 @@ class Service:
 
     async def _look_around(self) -> None:
         """New images, other GPUs, old nonces: slow looks, off the loop."""
+        nonces = UsedNonces(self._nonces)
         while True:
             await asyncio.sleep(5.0)
             with contextlib.suppress(OSError):
                 before = self._images.digests()
                 await asyncio.to_thread(self._images.refresh)
                 self._gpus = await asyncio.to_thread(find_gpus, self._sysfs, self._settings.gpu_names)
-                await asyncio.to_thread(expire_nonces, self._nonces, _NONCE_S, self._clock.wall())
+                await asyncio.to_thread(nonces.expire, _NONCE_S, self._clock.monotonic())
                 if self._images.digests() != before:
                     self.link.beat()
 

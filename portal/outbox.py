@@ -81,6 +81,9 @@ class Outbox:
         self._bus = bus
         self._clock = clock
         self._defer = defer
+        # When this process first saw an open request (monotonic seconds). How long one has waited is counted so: by
+        # dates, a clock that is set forward would give up what was stored a moment ago.
+        self._seen: dict[tuple[str, str], float] = {}
 
     # What people ask for; any thread.
 
@@ -149,6 +152,7 @@ class Outbox:
             once = insertion.on_conflict_do_nothing(index_elements=["sid", "kind"]).returning(tables.request.c.sid)
             if connection.execute(once).first() is None:
                 return False
+        self._seen[sid, kind.value] = self._clock.monotonic()
         self._publish(sid, kind, name, body, patience_s)
         return True
 
@@ -177,6 +181,8 @@ class Outbox:
         query = select(table).where(_is_open()).order_by(table.c.created_at).limit(_BATCH)
         with self._store.reading() as connection:
             rows = list(connection.execute(query).mappings())
+        now = self._clock.monotonic()
+        self._seen = {key: self._seen.get(key, now) for row in rows for key in [(row["sid"], row["kind"])]}
         if not rows:
             return
         known = self._known(rows)
@@ -184,14 +190,15 @@ class Outbox:
             kind = Kind(row["kind"])
             if known is not None and (row["sid"], kind) in known:
                 self._mark(row["sid"], kind, Stage.KNOWN)
-            elif known is not None and row["deadline"] <= self._clock.wall():
+            elif known is not None and self._left(row) <= 0:
                 log.warning("the %s of session %s was not taken up in time", kind, row["sid"])
                 self._mark(row["sid"], kind, Stage.EXPIRED)
             elif self._bus.connected and self._claim(row):
                 self._publish(row["sid"], kind, row["type"], row["body"].encode(), self._left(row))
 
     def _left(self, row: RowMapping) -> float:
-        return float(row["deadline"]) - self._clock.wall()
+        waited_s = self._clock.monotonic() - self._seen[row["sid"], row["kind"]]
+        return float(row["deadline"] - row["created_at"]) - waited_s
 
     def _known(self, rows: Sequence[RowMapping]) -> set[tuple[str, Kind]] | None:
         """Which requests show their effect in the ledger; None while it can't be read."""

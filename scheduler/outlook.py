@@ -83,8 +83,9 @@ def never_fits(
 ) -> Forecast | None:
     """Why no host could ever give this, or no cap ever allow it; None when some day it may fit.
 
-    A host that is drained or silent may come back, so its size counts. Until hosts had time to report, nothing is
-    called impossible; nor while there is no host at all, which is somebody's mistake and not this request's.
+    A host that is drained or silent may come back, so its size counts; one that was declared dead does not. Until every
+    known host has reported, and new ones had the time to, nothing is called impossible; nor while there is no host at
+    all, which is somebody's mistake and not this request's.
     """
     size = want.resources
     for whose, reason, caps in _caps_of(session, policy):
@@ -96,7 +97,8 @@ def never_fits(
     if not settled or any(_could_give(size, host, policy) for host in hosts if _eligible(want, host)):
         return None
     known = [host for host in hosts if host.report and not host.distrust]
-    if not known:
+    # A host that this process has not heard yet may have what nobody else has.
+    if not known or any(host.report is None and not host.dead for host in hosts):
         return None
     eligible = [host for host in known if _eligible(want, host)]
     largest = largest_of(machine, want, eligible, policy)

@@ -45,16 +45,17 @@ def definitions() -> dict[str, Any]:
 
 
 class TickingClock:
-    """A clock that moves when told."""
+    """A clock that moves when told; `shift` is by how much its date is wrong."""
 
     def __init__(self) -> None:
         self.now = 1_000.0
+        self.shift = 0.0
 
     def monotonic(self) -> float:
         return self.now
 
     def wall(self) -> float:
-        return 1_700_000_000.0 + self.now
+        return 1_700_000_000.0 + self.now + self.shift
 
 
 class Harness(Protocol):

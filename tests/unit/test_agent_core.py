@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from deskfleet.agent.core import REMEMBER_S, Agent
+from deskfleet.agent.core import REMEMBER_RUN_S, REMEMBER_S, Agent
 from deskfleet.agent.journal import Entry, JournalError
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu, GuestReport, Phase
@@ -92,7 +92,8 @@ class Bench:
         self.reports: list[GuestReport] = []
         self.agent = self.restart()
 
-    def restart(self) -> Agent:
+    def restart(self, *, told: bool = True) -> Agent:
+        """The agent starts anew; the scheduler has `told` it where the numbers are."""
         self.hypervisor.calls.clear()
         self.agent = Agent(
             self.boot,
@@ -104,6 +105,8 @@ class Bench:
             lambda: (GPU,),
         )
         self.agent.recover()
+        if told:
+            self.agent.fence(HostFence("h1", self.agent.last_generation))
         return self.agent
 
     @property
@@ -212,9 +215,10 @@ def test_only_a_whole_gpu_that_is_offered_is_given(bench: Bench, addresses: tupl
     assert bench.said == (Phase.ENDED, Outcome.FAILED, Reason.GPU_UNAVAILABLE)
 
 
-def test_a_lost_journal_starts_nothing_before_it_is_told_the_number(bench: Bench) -> None:
-    bench.journal.generation = None
-    bench.restart()
+@pytest.mark.parametrize("journal", [None, 3])
+def test_an_agent_that_begins_starts_nothing_before_it_is_told_the_number(bench: Bench, journal: int | None) -> None:
+    bench.journal.generation = journal
+    bench.restart(told=False)
     bench.agent.start(start(generation=7))
     assert bench.said == (Phase.ENDED, Outcome.FAILED, Reason.FENCED)
     bench.agent.fence(HostFence("h1", 7))
@@ -222,8 +226,21 @@ def test_a_lost_journal_starts_nothing_before_it_is_told_the_number(bench: Bench
     assert bench.said[2] is Reason.STALE
     bench.agent.start(start(generation=8))
     assert bench.hypervisor.calls == [("launch", SID)]
-    bench.restart()
-    assert not bench.agent.fenced and bench.agent.last_generation == 8
+    bench.restart(told=False)
+    assert bench.agent.fenced and bench.agent.last_generation == 8
+
+
+def test_a_start_that_a_full_disk_refused_is_not_obeyed_when_it_comes_again_to_a_new_life(bench: Bench) -> None:
+    """The refusal was only in memory, and the scheduler has sent the session elsewhere on the strength of it."""
+    bench.journal.full = True
+    bench.agent.start(start(generation=5))
+    assert bench.said[2] is Reason.STATE_UNWRITABLE
+    bench.journal.full = False
+    bench.restart(told=False)
+    bench.agent.start(start(generation=5))
+    bench.agent.fence(HostFence("h1", 5))
+    bench.agent.start(start(generation=5))
+    assert bench.hypervisor.calls == [] and bench.said[2] is Reason.STALE
 
 
 def test_c37_a_restart_takes_over_what_runs_and_ends_what_does_not(bench: Bench) -> None:
@@ -400,10 +417,17 @@ def test_cleaning_comes_before_the_report_that_frees_its_place(bench: Bench) -> 
     assert order == ["clean", "report"]
 
 
-def test_the_ended_are_listed_for_a_while_and_their_number_outlives_them(bench: Bench) -> None:
-    bench.run(generation=9)
+@pytest.mark.parametrize(("ran", "remembered_s"), [(False, REMEMBER_S), (True, REMEMBER_RUN_S)])
+def test_the_ended_are_listed_for_a_while_and_their_number_outlives_them(
+    bench: Bench, ran: bool, remembered_s: float
+) -> None:
+    """Longer when they have run: a scheduler that was cut off must hear of it, lest it starts them again."""
+    if ran:
+        bench.run(generation=9)
+    else:
+        bench.agent.start(start(generation=9))
     bench.agent.exited(SID)
-    bench.now += REMEMBER_S
+    bench.now += remembered_s
     bench.agent.tick()
     assert [g.phase for g in bench.agent.guests()] == [Phase.ENDED]
     bench.now += 1

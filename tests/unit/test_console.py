@@ -8,7 +8,6 @@ import logging
 import os
 import resource
 import socket
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
@@ -23,9 +22,9 @@ from deskfleet.agent.console import (
     ConsoleServer,
     SessionToken,
     TokenRefused,
+    UsedNonces,
     _Handler,
     _Redact,
-    expire_nonces,
     main,
 )
 
@@ -201,12 +200,15 @@ def test_a_connection_that_select_could_not_watch_is_refused(tmp_path: Path, low
             sock.close()
 
 
-def test_old_nonces_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    now = time.time()
-    for name, age in ((N, 301.0), ("2" * 32, 299.0), ("note", 1e6), ("3" * 31, 1e6)):
+def test_old_nonces_are_removed_and_nothing_else_whatever_the_date_is(tmp_path: Path) -> None:
+    used = UsedNonces(tmp_path)
+    for name in (N, "note", "3" * 31):
         (tmp_path / name).touch()
-        os.utime(tmp_path / name, (now - age, now - age))
-    assert expire_nonces(tmp_path, 300.0, now) == 1
+        os.utime(tmp_path / name, (1.0, 1.0))  # as if the date had been set far ahead since
+    assert used.expire(300.0, 1000.0) == 0
+    (tmp_path / ("2" * 32)).touch()
+    assert used.expire(300.0, 1200.0) == 0
+    assert used.expire(300.0, 1301.0) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["2" * 32, "note", "3" * 31])
 
 

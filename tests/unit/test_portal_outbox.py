@@ -147,6 +147,22 @@ def test_too_late_is_told_and_not_sent_any_more(world: World) -> None:
     assert desktop and desktop.over and desktop.reason == "not_taken_up" and "Start it again" in desktop.sentence
 
 
+@pytest.mark.parametrize("shift", [-86_400.0, 3600.0, 20 * 365 * 86_400.0])
+def test_c39_a_date_that_jumps_gives_nothing_up_and_keeps_nothing_for_ever(world: World, shift: float) -> None:
+    world.broker.crash()
+    world.portal.outbox.launch(want(wait_s=60))
+    world.tick(5)
+    world.clock.shift = shift
+    world.tick(5)
+    assert stage(world) is Stage.STORED
+    world.broker.recover()
+    world.tick(30)
+    world.tick(15)
+    assert world.sent()[:1] == [want(wait_s=60)]
+    world.tick(30)
+    assert stage(world) is Stage.EXPIRED
+
+
 def test_a_message_that_waits_in_the_queue_dies_at_the_deadline(world: World) -> None:
     world.portal.outbox.launch(want(1, wait_s=60))
     world.portal.outbox.launch(want(2, wait_s=600))
