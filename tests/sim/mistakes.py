@@ -126,7 +126,7 @@ MISTAKES: dict[str, tuple[Patch, ...]] = {
         patch("scheduler.core:_vouched", ('return sender == f"agent-{message.host}"', "return True")),
     ),
     "nobody succeeds a dead leader": (
-        patch("scheduler.leadership:Leadership._stand_by", ("if standing.owner and ", "if standing.owner or ")),
+        patch("scheduler.leadership:Leadership._stand_by", ("if not free and ", "if standing.owner or ")),
     ),
     "usage is not given back": (
         patch("scheduler.fleet:Fleet.put", ("if before and before.on_host:", "if before and session.on_host:")),
@@ -145,7 +145,7 @@ MISTAKES: dict[str, tuple[Patch, ...]] = {
         patch("agent.core:Agent.start", ("if start.generation <= self.last_generation:", "if False:")),
     ),
     "an agent without a journal obeys at once": (
-        patch("agent.core:Agent.recover", ("self.fenced = stored is None", "self.fenced = False")),
+        patch("agent.core:Agent.recover", ("self.fenced = True", "self.fenced = False")),
     ),
     "the number of a fence is forgotten": (
         patch(
@@ -195,7 +195,9 @@ MISTAKES: dict[str, tuple[Patch, ...]] = {
             ),
         ),
     ),
-    "an end is forgotten at once": (patch("agent.core:Agent.tick", ("now - e.ended_at > REMEMBER_S", "True")),),
+    "an end is forgotten at once": (
+        patch("agent.core:Agent.tick", ("now - e.ended_at > (REMEMBER_RUN_S if e.ran else REMEMBER_S)", "True")),
+    ),
     # the portal
     "sent counts as known": (patch("portal.outbox:_is_open", ("in_(OPEN)", "in_((Stage.STORED,))")),),
     "a repeat has an id of its own": (

@@ -49,8 +49,6 @@ FAULTS = (
     "drain",
     "clock",
 )
-#: An agent that can't write keeps refusals in memory alone, and forgets them when it dies.
-NOT_WITH_DISK = frozenset({"kill_agent", "kill_agent_at", "reboot", "reboot_moved"})
 STEPS = 250
 USERS = ("ann", "bo", "zoë")
 
@@ -319,7 +317,9 @@ class Chooser:
         silent = [node.host for node in self.world.nodes.values() if not node.connected or node.paused]
         if silent and self.rng.random() < 0.5:
             return "declare_dead", self.rng.choice(silent)
-        host = self._host()
+        # What matters is what runs there: it is given up, and must not be left when the host is back.
+        busy = [node.host for node in self.world.nodes.values() if any(vm.ready for vm in node.vms.values())]
+        host = self.rng.choice(busy) if busy else self._host()
         self._planned += [("wait", 20.0), ("declare_dead", host), ("join", f"agent-{host}")]
         return "cut", f"agent-{host}"
 
@@ -347,8 +347,7 @@ class Walk:
     def drawn(seed: int) -> frozenset[str]:
         """The kinds of faults that a seed draws."""
         rng = random.Random(f"faults {seed}")
-        found = {fault for fault in FAULTS if rng.random() < 0.3}
-        return frozenset(found - NOT_WITH_DISK if "disk" in found else found)
+        return frozenset(fault for fault in FAULTS if rng.random() < 0.3)
 
     def decisions(self) -> list[object]:
         """Everything that was decided, in order: what hosts were told, and every step of every session."""
