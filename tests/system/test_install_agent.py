@@ -176,10 +176,14 @@ def qemu() -> psutil.Process:
     )
 
 
-def processes_of(text: str) -> list[list[str]]:
-    """The command lines that hold a text."""
+def text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def processes_of(part: str) -> list[list[str]]:
+    """The command lines that hold it."""
     lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
-    return [line for line in lines if any(text in word for word in line)]
+    return [line for line in lines if any(part in word for word in line)]
 
 
 def status_of(process: psutil.Process) -> dict[str, str]:
@@ -200,6 +204,10 @@ def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
     assert debian.ok("getent group kvm")
     assert 'GROUP="kvm"' in debian.path("/etc/udev/rules.d/65-deskfleet-kvm.rules").read_text()
     assert "not started: this machine is no host yet" in debian.ok(INSTALL, **offline)
+    debian.ok("mkdir /etc/deskfleet && touch /etc/deskfleet/deskfleet.toml /var/lib/deskfleet/agent/kept")
+    assert "settings in /etc/deskfleet stay" in debian.ok(f"{INSTALL} --uninstall")
+    assert site.ours() == ["/etc/deskfleet", "/etc/deskfleet/deskfleet.toml", "/var/lib/deskfleet"]
+    assert debian.path("/var/lib/deskfleet/agent/kept").exists()
     debian.ok(f"{INSTALL} --uninstall --purge")
     assert site.ours() == []
 
@@ -222,11 +230,11 @@ def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
     debian.ok("cp /mnt/tiny/images/* /var/lib/deskfleet/images/")
     send(site, HostFence("h7", 0))
     index = debian.path("/var/lib/deskfleet/agent/images.json")
-    until(lambda: site.machine.sha256 in index.read_text(), "the image")
+    until(lambda: site.machine.sha256 in text(index), "the image")
     send(site, start_order(site.machine, SID, 1, resources=SMALL))
     socket = debian.path(f"/run/deskfleet/{SID}/vnc.sock")
     journal = debian.path(f"/var/lib/deskfleet/agent/journal/{SID}.json")
-    until(lambda: '"running"' in journal.read_text() if journal.exists() else False, "the guest")
+    until(lambda: '"running"' in text(journal), "the guest")
     viewer = Rfb(UnixStream(socket))
     until(lambda: read_identity(viewer.picture()) == identity(SID), "the guest's picture")
     guest = qemu()
@@ -257,7 +265,7 @@ def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
     refused = debian.run(f"{INSTALL} --uninstall")
     assert refused.returncode == 1 and "1 desktops run here" in refused.stdout
     assert guest.is_running() and debian.run("systemctl is-active deskfleet-agent").returncode == 0
-    shutil.rmtree(override.parent)
+    viewer.close()
     assert "the agent is gone" in debian.ok(f"{INSTALL} --uninstall --purge")
     until(lambda: not guest.is_running(), "the guest's end")
     assert site.ours() == []
