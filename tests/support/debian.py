@@ -62,9 +62,9 @@ class Debian:
         self._init = 0
 
     def __enter__(self) -> Debian:
-        codename = dict(
-            line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
-        )["VERSION_CODENAME"]
+        codename = dict(line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line)[
+            "VERSION_CODENAME"
+        ]
         line = ["mmdebstrap", "--quiet", "--variant=minbase", "--mode=root", "--include=systemd"]
         subprocess.run([*line, codename, str(self.root)], check=True, timeout=300)
         (self.root / "etc/resolv.conf").write_text(Path("/etc/resolv.conf").read_text())
@@ -128,4 +128,3 @@ class Debian:
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
             timeout=300,
         )  # fmt: skip
-

@@ -109,7 +109,9 @@ class Site:
 
     def files(self) -> set[str]:
         """What an installation may have touched, and when."""
-        return set(self.debian.ok("find /opt /etc /usr/local ! -path '*/__pycache__*' -printf '%p %T@ %l\n'").splitlines())
+        return set(
+            self.debian.ok("find /opt /etc /usr/local ! -path '*/__pycache__*' -printf '%p %T@ %l\n'").splitlines()
+        )
 
     def ours(self) -> list[str]:
         """Files by our name anywhere on the machine."""
@@ -128,7 +130,9 @@ def _wheels(folder: Path, name: str, version: str) -> None:
         main = source / "agent/__main__.py"
         main.write_text(main.read_text().replace("    service.recover()\n", "    raise OSError('broken')\n"))
     # async-timeout is for the Python of a Debian, which may be older than this one.
-    what = [f"{source}[agent]", "setuptools>=77", "async-timeout>=4.0.3"] if name == "one" else ["--no-deps", str(source)]
+    what = (
+        [f"{source}[agent]", "setuptools>=77", "async-timeout>=4.0.3"] if name == "one" else ["--no-deps", str(source)]
+    )
     line = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", str(folder / name), *what]
     subprocess.run(line, check=True, timeout=300)
     if name != "one":
@@ -270,5 +274,5 @@ def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
     until(lambda: not guest.is_running(), "the guest's end")
     assert site.ours() == []
     assert debian.run("systemctl cat deskfleet-agent").returncode != 0
-    assert "deskfleet" not in debian.ok("nft list tables")
+    assert "deskfleet_h7" not in debian.ok("nft list tables")
     until(lambda: not processes_of("/opt/deskfleet/"), "the last process's end")
