@@ -10,10 +10,10 @@ ends with its own exit code. Abort, wrong code and time-out alike mean no.
 from __future__ import annotations
 
 import base64
+import os
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from deskfleet.agent.argv import MACHINE_TYPE, SANDBOX
 from deskfleet.agent.devices import kvm_groups
@@ -54,15 +54,23 @@ def probe(accel: str, cpu: str, binary: str = "qemu-system-x86_64", uid: int | N
     with tempfile.NamedTemporaryFile(suffix=".bin") as firmware:
         firmware.write(_FIRMWARE)
         firmware.flush()
-        Path(firmware.name).chmod(0o644)
+        # By its descriptor: the folder of temporary files may be closed to a guest's user, the file is not.
+        os.fchmod(firmware.fileno(), 0o644)
         argv = [
             binary, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-machine", MACHINE_TYPE, "-m", "4", "-accel", accel, "-cpu", cpu, "-bios", firmware.name,
-            "-device", "isa-debug-exit,iobase=0xf4,iosize=1", "-debugcon", "stdio", "-sandbox", SANDBOX,
+            "-machine", MACHINE_TYPE, "-m", "4", "-accel", accel, "-cpu", cpu,
+            "-bios", f"/proc/self/fd/{firmware.fileno()}", "-device", "isa-debug-exit,iobase=0xf4,iosize=1",
+            "-debugcon", "stdio", "-sandbox", SANDBOX,
         ]  # fmt: skip
         try:
             done = subprocess.run(  # type: ignore[call-overload]
-                argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_LIMIT_S, check=False, **user
+                argv,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=_LIMIT_S,
+                check=False,
+                pass_fds=(firmware.fileno(),),
+                **user,
             )
         except subprocess.TimeoutExpired as late:
             return f"no end after {_LIMIT_S:g} s, stages {(late.stdout or b'')[:9].decode(errors='replace')!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,9 @@ def test_kvm_is_opened_by_its_group_where_the_group_may(tmp_path: Path, mode: in
     assert kvm_groups(tmp_path / "nowhere") == ()
 
 
-def test_the_probe_runs_as_a_guest_does() -> None:
-    """That root may open a device says nothing about guests: here as a user who owns nothing."""
+def test_the_probe_runs_as_a_guest_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That root may open a device says nothing about guests: here as a user who owns nothing and may not even enter the
+    folder of temporary files."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert probe("tcg", "max", uid=GUEST) == ""
