@@ -128,7 +128,8 @@ class Transaction:
         holds = (after.host, after.gpu_addresses) if after.on_host else ("", ())
         if held != holds and (held[1] or holds[1]):
             self._hold_gpus(after)
-        self.note(after, event)
+        # A failed start takes the host from the session; the timeline keeps on which it was.
+        self.note(after, event, after.host or before.host)
 
     def _hold_gpus(self, session: Session) -> None:
         self._connection.execute(delete(tables.gpu_hold).where(tables.gpu_hold.c.sid == session.sid))
@@ -140,14 +141,14 @@ class Transaction:
         except IntegrityError as error:
             raise Conflict(f"a GPU of {session.host} is held by another session") from error
 
-    def note(self, session: Session, event: Event) -> None:
-        """Write a step to a session's timeline."""
+    def note(self, session: Session, event: Event, host: str) -> None:
+        """Write a step to a session's timeline; `host` is where it happened, "" for none."""
         row = {
             "sid": session.sid,
             "at": session.changed_at,
             "event": event.value,
             "state": session.state.value,
-            "host": session.host,
+            "host": host,
             "reason": session.reason.value if session.reason else None,
             "detail": session.detail,
         }

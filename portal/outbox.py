@@ -182,7 +182,10 @@ class Outbox:
         with self._store.reading() as connection:
             rows = list(connection.execute(query).mappings())
         now = self._clock.monotonic()
-        self._seen = {key: self._seen.get(key, now) for row in rows for key in [(row["sid"], row["kind"])]}
+        seen = dict(self._seen)
+        still_open = {key: seen.get(key, now) for row in rows for key in [(row["sid"], row["kind"])]}
+        # A full batch may not be all that are open: nothing is forgotten then.
+        self._seen = {**seen, **still_open} if len(rows) == _BATCH else still_open
         if not rows:
             return
         known = self._known(rows)

@@ -6,14 +6,14 @@ import asyncio
 import logging
 from collections.abc import Iterable, Mapping
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from deskfleet.proxy.routes import RouteTable, WrongSender
 from deskfleet.proxy.server import Server
 from deskfleet.proxy.stats import Stats
 from deskfleet.runtime.bus import Bus, Delivery
-from deskfleet.runtime.metrics import Health
+from deskfleet.runtime.metrics import Health, counter_of, gauge_of
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DecodeError
 from deskfleet.schemas.host import HostBeat, HostReport
@@ -114,10 +114,7 @@ class Figures(Collector):
         ]
 
     def _gauge(self, name: str, text: str, value: int) -> Metric:
-        return GaugeMetricFamily(f"{self._prefix}_{name}", text, value=value)
+        return gauge_of(f"{self._prefix}_{name}", text, "", {"": value})
 
     def _counter(self, name: str, text: str, label: str, values: Mapping[str, int]) -> Metric:
-        family = CounterMetricFamily(f"{self._prefix}_{name}", text, labels=[label] if label else [])
-        for key, value in values.items():
-            family.add_metric([key] if label else [], value)
-        return family
+        return counter_of(f"{self._prefix}_{name}", text, label, values)

@@ -11,11 +11,12 @@ import logging
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from deskfleet.runtime.service import Clock, SystemClock
 
@@ -47,6 +48,22 @@ class Metrics:
     def histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         """How something is distributed; `buckets` are upper bounds, in the unit that the name ends with."""
         return Histogram(name, text, labels, namespace=self._prefix, registry=self.registry, buckets=buckets)
+
+
+def gauge_of(name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
+    """A gauge for a collector that reads at scrape time; `values` by the label's values, or under "" without label."""
+    family = GaugeMetricFamily(name, text, labels=[label] if label else [])
+    for key, value in values.items():
+        family.add_metric([key] if label else [], value)
+    return family
+
+
+def counter_of(name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
+    """The same for something that only grows."""
+    family = CounterMetricFamily(name, text, labels=[label] if label else [])
+    for key, value in values.items():
+        family.add_metric([key] if label else [], value)
+    return family
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from deskfleet.runtime.metrics import counter_of, gauge_of
 from deskfleet.runtime.service import Clock
 from deskfleet.scheduler.core import Scheduler
 from deskfleet.scheduler.hosts import HostState
@@ -68,17 +69,11 @@ class Figures(Collector):
         took.add_metric([], rows, stats.took_sum_s)
         yield took
 
-    def _gauge(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-        family = GaugeMetricFamily(f"{self._prefix}_{name}", text, labels=[label] if label else [])
-        for key, value in values.items():
-            family.add_metric([key] if label else [], value)
-        return family
+    def _gauge(self, name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
+        return gauge_of(f"{self._prefix}_{name}", text, label, values)
 
     def _counter(self, name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
-        family = CounterMetricFamily(f"{self._prefix}_{name}", text, labels=[label] if label else [])
-        for key, value in values.items():
-            family.add_metric([key] if label else [], value)
-        return family
+        return counter_of(f"{self._prefix}_{name}", text, label, values)
 
 
 HOST_STATES = ("open", "draining", "silent", "not_trusted", "dead")

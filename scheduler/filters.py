@@ -112,11 +112,11 @@ def _open(_want: Want, host: HostState, _at: Moment) -> Reason | None:
     return Reason.DRAINING if host.draining else None
 
 
-def _label(want: Want, host: HostState, _at: Moment) -> Reason | None:
+def _label(want: Want, host: HostState, _at: Moment | None = None) -> Reason | None:
     return None if want.labels <= host.labels else Reason.LABEL_MISSING
 
 
-def _pool(want: Want, host: HostState, _at: Moment) -> Reason | None:
+def _pool(want: Want, host: HostState, _at: Moment | None = None) -> Reason | None:
     if want.confined is not None and not want.confined & host.pools:
         return Reason.WRONG_POOL
     if host.exclusive and not want.admitted & host.exclusive:
@@ -178,6 +178,11 @@ def _reserved(want: Want, host: HostState, at: Moment) -> Reason | None:
 FILTERS: tuple[Filter, ...] = (
     _alive, _open, _label, _pool, _image, _resting, _sessions, _cpus, _memory, _disk, _load, _gpu, _reserved,
 )  # fmt: skip
+
+
+def kept_out(want: Want, host: HostState) -> Reason | None:
+    """Why an administrator has settled that a host is not for a session, whatever room it has; None when it is."""
+    return _label(want, host) or _pool(want, host)
 
 
 def matching_gpus(want: Want, host: HostState) -> list[Gpu]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from deskfleet.scheduler.filters import Want
+from deskfleet.scheduler.filters import Want, kept_out
 from deskfleet.scheduler.fleet import Fleet
 from deskfleet.scheduler.hosts import HostState, Usage
 from deskfleet.scheduler.intake import refuse_launch
@@ -123,10 +123,7 @@ def _caps(caps: Caps) -> str:
 
 
 def _eligible(want: Want, host: HostState) -> bool:
-    if host.report is None or host.distrust:
-        return False
-    inside = want.confined is None or bool(want.confined & host.pools)
-    return want.labels <= host.labels and inside and (not host.exclusive or bool(want.admitted & host.exclusive))
+    return bool(host.report) and not host.distrust and kept_out(want, host) is None
 
 
 def _has_gpu(size: Resources, host: HostState) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
-from deskfleet.scheduler.filters import Moment, Reservation, Want, objection
+from deskfleet.scheduler.filters import Moment, Reservation, Want, matching_gpus, objection
 from deskfleet.scheduler.hosts import HostState
 from deskfleet.scheduler.policy import Policy
 from deskfleet.schemas.errors import Reason
@@ -89,8 +89,8 @@ class Room:
             return None
         if not size.gpus:
             return frozenset()
-        for gpu in self.host.gpus:
-            if size.gpu_model in ("", gpu.model) and not self.held.intersection(gpu.functions):
+        for gpu in matching_gpus(want, self.host):
+            if not self.held.intersection(gpu.functions):
                 return frozenset(gpu.functions)
         return None
 
@@ -115,10 +115,8 @@ def reserve(
         if entry.host == start.host and entry.end(now) <= start.at:
             room.free(entry)
     room.take(want, start.gpu, policy.guest_overhead_mib)
-    for_gpu = bool(want.resources.gpus)
-    return Reservation(
-        want.sid, start.host, start.at, room.sessions, room.cpus, room.memory_mib, start.gpu, for_gpu
-    )  # fmt: skip
+    spare = (room.sessions, room.cpus, room.memory_mib)
+    return Reservation(want.sid, start.host, start.at, *spare, start.gpu, for_gpu=bool(want.resources.gpus))
 
 
 def starts(

@@ -218,7 +218,6 @@ class _Replay:
     def _placed(self, now: float) -> None:
         for session in self._ledger.placed:
             request, result = self._requests[session.sid], self._result
-            self._fleet.ends(session.sid, now + session.lifetime_s)
             self._used = self._used.plus(session, +1, self._policy.guest_overhead_mib)
             result.fates[session.sid] = Fate.PLACED
             result.waits[session.sid] = now - request.at

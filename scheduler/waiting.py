@@ -100,9 +100,7 @@ class Queue:
     def rule(self, session: Session) -> Verdict | None:
         """The rule of the queue that keeps somebody waiting whatever the hosts say; None when there is none."""
         fleet = self._fleet
-        return capped(
-            session.user, session.groups, session.resources, fleet.used, fleet.grouped, self._policy
-        )  # fmt: skip
+        return capped(session.user, session.groups, session.resources, fleet.used, fleet.grouped, self._policy)
 
     def moment(self, now: float) -> Moment:
         """The present, with the room that is kept."""

@@ -181,6 +181,7 @@ const [endingText, longer] = [ending.querySelector("span"), ending.querySelector
 let endsAt = null; // by this page's own clock
 
 async function askTime() {
+  if (over) return;
   try {
     const response = await fetch(page.session, { headers: { Accept: "application/json" } });
     const left = response.ok ? (await response.json()).time_left_s : null;

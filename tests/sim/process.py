@@ -3,6 +3,7 @@ it can die. Time only passes when the world says so."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
@@ -104,7 +105,7 @@ class Wire:
         return getattr(self._bus, name)
 
 
-class Process:
+class Process(ABC):
     """A process: it can be started, killed at once or at its nth point, and paused. Subclasses fill in `run`."""
 
     def __init__(self, name: str, login: str, broker: MemoryBroker, clock: Clock, listener: Listener) -> None:
@@ -128,9 +129,9 @@ class Process:
             self.lives += 1
             self.run()
 
+    @abstractmethod
     def run(self) -> None:
         """What it does when it starts."""
-        raise NotImplementedError
 
     def connect(self, declare: Topology | None = None) -> Wire:
         """Its connection, not yet started."""

@@ -12,7 +12,7 @@ from deskfleet.ledger.engine import migrate, open_engine
 from deskfleet.ledger.reader import Reader, Wait
 from deskfleet.ledger.writer import Writer
 from deskfleet.runtime.bus import Delivery, Outgoing
-from deskfleet.runtime.memory_bus import MemoryBroker
+from deskfleet.runtime.memory_bus import MemoryBroker, MemoryBus
 from deskfleet.scheduler.core import Scheduler
 from deskfleet.scheduler.decisions import Settings
 from deskfleet.scheduler.policy import Policy
@@ -129,6 +129,7 @@ class Control:
         self.hosts: dict[str, Host] = {}
         self.machines: dict[str, Machine] = {"tiny": MACHINE}
         self._deferred: list[Callable[[], None]] = []
+        self._scheduler_bus: MemoryBus | None = None
         self._settings = replace(Settings(policy=policy), **settings)  # type: ignore[arg-type]
         self.start()
         self._portal = self.broker.connect("portal", lambda action: action(), declare=topology.for_portal("w1"))
@@ -138,9 +139,11 @@ class Control:
         self._sids = 0
 
     def start(self) -> None:
-        """Start the scheduler, or start it anew."""
+        """Start the scheduler, or start it anew: the former one is gone."""
         self._deferred.clear()
-        bus = self.broker.connect("scheduler", lambda action: action(), declare=topology.core())
+        if self._scheduler_bus:
+            self._scheduler_bus.stop()
+        self._scheduler_bus = bus = self.broker.connect("scheduler", lambda action: action(), declare=topology.core())
         self.scheduler = Scheduler(
             Writer(self.engine), bus, self.clock, lambda: self.machines, self._settings, self._deferred.append
         )
