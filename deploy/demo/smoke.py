@@ -79,6 +79,8 @@ def smoke(fleet: Fleet, screenshot: Path, say: Callable[[str], None]) -> int:
         try:
             sign_in(page, fleet.url, "demo", fleet.keys.secret("login-demo", 9))
             launch(page, fleet.url, "tiny")
+            # The list may hold desktops of earlier runs: only this one's end counts.
+            sid = page.url.rsplit("/", 1)[1]
             before = wait_picture(page, drawn, "the guest's picture")
             say(f"the desktop is in the browser after {time.monotonic() - begun:.1f} s")
             page.keyboard.type("hello", delay=40)
@@ -86,9 +88,9 @@ def smoke(fleet: Fleet, screenshot: Path, say: Callable[[str], None]) -> int:
             page.screenshot(path=str(screenshot))
             say(f"typed, and the guest shows it; screenshot: {screenshot}")
             page.goto(f"{fleet.url}/desktops")
-            page.click("button[name=stop]")
+            page.click(f"#stop-{sid}")
             page.click("button[name=confirm-stop]")
-            page.wait_for_selector("[data-session-state=ended]", timeout=PATIENCE_MS)
+            page.wait_for_selector(f"[data-sid='{sid}'][data-session-state=ended]", timeout=PATIENCE_MS)
             say("stopped")
         except (AssertionError, PlaywrightError) as error:
             page.screenshot(path=str(screenshot.with_suffix(".failed.png")))
