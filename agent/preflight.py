@@ -73,6 +73,8 @@ def _kvm(machine: Machine) -> list[Finding]:
     if no_tcg:
         return [Finding("kvm", Level.BAD, f"qemu runs no guest at all: {no_tcg}", "Install qemu-system-x86")]
     advice = "Switch virtualisation (VT-x, AMD-V) on in the firmware and load kvm_intel or kvm_amd"
+    if "Permission denied" in no_kvm:
+        advice = "Let the group kvm open /dev/kvm (root:kvm, mode 0660), by a udev rule"
     return [Finding("kvm", Level.WARN, f"guests run by emulation only, which is slow; KVM: {no_kvm}", advice)]
 
 

@@ -126,3 +126,8 @@ def test_without_an_iommu_gpus_are_out(machine: Machine, tmp_path: Path) -> None
 def test_beside_a_running_agent_its_ports_and_its_queue_are_in_order(machine: Machine) -> None:
     beside = replace(machine, running=True, broker=lambda: ("", 1), listen=lambda _: "Address already in use")
     assert trouble(beside) == []
+
+
+def test_a_device_that_guests_may_not_open_is_not_taken_for_a_missing_one(machine: Machine) -> None:
+    closed = replace(machine, probe=lambda accel, _: "exit 1: Permission denied" if accel == "kvm" else "")
+    assert [("udev" in finding.advice) for finding in trouble(closed)] == [True]
