@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,23 +18,12 @@ from deskfleet.agent.images import DiskError, Disks, ImageIndex
 from deskfleet.agent.journal import Entry
 from deskfleet.agent.processes import Process, Spawn, arguments, end_tasks, find, option, pids
 from deskfleet.agent.qmp import Monitor, MonitorError, monitor
-from deskfleet.schemas.errors import DeskfleetError, Reason
+from deskfleet.agent.starter import Config, LaunchError, Starter, last_words
+from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Phase
-from deskfleet.schemas.machine import Firmware
 from deskfleet.schemas.messages import VmStart
 
 log = logging.getLogger(__name__)
-
-_LAST_WORDS = 2000
-
-
-class LaunchError(DeskfleetError):
-    """Raised when a guest can't be started."""
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
 
 
 class News(Protocol):
@@ -48,24 +36,6 @@ class News(Protocol):
     def exited(self, sid: str, detail: str = "") -> None: ...
 
     def viewers(self, sid: str, count: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """How guests run here; times in seconds. `uids` is the range of user ids that guests get, one each; None lets
-    them run as the agent's own user (for an agent that is not root). `groups` are what their qemu may belong to
-    besides, `network` is passt or none, `sysfs` and `dev` are where devices are found."""
-
-    run: Path
-    accel: str
-    network: str
-    uids: range | None
-    groups: tuple[int, ...] = ()
-    sysfs: Path = Path("/sys")
-    dev: Path = Path("/dev")
-    ready_s: float = 30.0
-    powerdown_s: float = 10.0
-    quit_s: float = 5.0
 
 
 @dataclass(slots=True)
@@ -87,9 +57,8 @@ class QemuHypervisor:
 
     def __init__(self, config: Config, images: ImageIndex, disks: Disks, spawn: Spawn) -> None:
         self._config = config
-        self._images = images
         self._disks = disks
-        self._spawn = spawn
+        self._starter = Starter(config, images, disks, spawn)
         self._loop = asyncio.get_running_loop()
         self._guests: dict[str, _Guest] = {}
 
@@ -98,11 +67,8 @@ class QemuHypervisor:
     def launch(self, entry: Entry) -> None:
         """Start a guest; the answer is `ready` or `failed`."""
         assert entry.start is not None
-        guest = self._guests[entry.sid] = _Guest(self._paths(entry.sid), launching=True)
+        guest = self._guests[entry.sid] = _Guest(self._starter.paths(entry.sid), launching=True)
         self._task(guest, self._launch(guest, entry.start))
-
-    def _paths(self, sid: str, image: Path = Path()) -> build.Paths:
-        return build.Paths(self._config.run / sid, self._disks.path(sid), image)
 
     def _task(self, guest: _Guest, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
@@ -112,14 +78,7 @@ class QemuHypervisor:
     async def _launch(self, guest: _Guest, start: VmStart) -> None:
         sid = start.sid
         try:
-            image = self._images.path(start.sha256)
-            guest.paths = self._paths(sid, image)
-            uid = self._prepare(guest)
-            size = start.resources.disk_gib
-            disk = await self._disks.create(sid, image, start.sha256, start.format, size)
-            if uid is not None:
-                os.chown(disk, uid, uid)
-            self._start_qemu(guest, start, uid)
+            self._hold(sid, guest, await self._starter.start(start))
             await self._until_ready(guest)
         except (DiskError, LaunchError) as error:
             await self._give_up(sid, guest, error)
@@ -130,64 +89,6 @@ class QemuHypervisor:
             self.news.ready(sid)
             await self._attend(sid, guest)
 
-    def _prepare(self, guest: _Guest) -> int | None:
-        """The guest's folder, of its own user."""
-        shutil.rmtree(guest.paths.run, ignore_errors=True)
-        guest.paths.run.mkdir(mode=0o700)
-        uid = self._free_uid()
-        if uid is not None:
-            os.chown(guest.paths.run, uid, uid)
-        return uid
-
-    def _free_uid(self) -> int | None:
-        if self._config.uids is None:
-            return None
-        taken = {path.stat().st_uid for path in self._config.run.iterdir()}
-        for uid in self._config.uids:
-            if uid not in taken:
-                return uid
-        raise LaunchError(Reason.SPAWN_FAILED, "every user id of the guests' range is taken")
-
-    def _start_qemu(self, guest: _Guest, start: VmStart, uid: int | None) -> None:
-        paths = guest.paths
-        if start.firmware is Firmware.UEFI:
-            shutil.copyfile(build.OVMF_VARS, paths.vars)
-            paths.vars.chmod(0o600)
-            if uid is not None:
-                os.chown(paths.vars, uid, uid)
-        with contextlib.ExitStack() as ends:
-            network = None
-            if self._config.network == "passt":
-                ours, theirs = socket.socketpair()
-                ends.enter_context(ours)
-                ends.enter_context(theirs)
-                network = ours.fileno()
-                self._start_passt(paths.run / "passt.log", theirs.fileno(), uid)
-            line = build.qemu(start, paths, accel=self._config.accel, network_fd=network)
-            fds = [] if network is None else [network]
-            if uid is not None:
-                self._lend_gpu(start, uid)
-            pid = self._spawn(line, uid=uid, cwd=paths.run, log=paths.log, fds=fds, groups=self._config.groups)
-        process = Process.hold(pid)
-        if process is None:
-            raise LaunchError(Reason.QEMU_EXITED, self._last_words(paths))
-        self._hold(start.sid, guest, process)
-
-    def _lend_gpu(self, start: VmStart, uid: int) -> None:
-        try:
-            devices.lend(devices.vfio_nodes(start.gpu_addresses, self._config.sysfs, self._config.dev), uid)
-        except OSError as error:
-            raise LaunchError(Reason.GPU_UNAVAILABLE, f"{error.filename}: {error.strerror}") from error
-
-    def _start_passt(self, words: Path, fd: int, uid: int | None) -> None:
-        try:
-            pid = self._spawn(build.passt(fd), uid=uid, cwd=Path("/"), log=words, fds=[fd])
-        except OSError as error:
-            raise LaunchError(Reason.NETWORK_FAILED, f"passt: {error.strerror}") from error
-        process = Process.hold(pid)
-        if process:  # it ends by itself when qemu closes the socket; this only reaps it
-            process.watch(self._loop, lambda: None)
-
     def _hold(self, sid: str, guest: _Guest, process: Process) -> None:
         guest.process = process
         process.watch(self._loop, lambda: self._gone(sid, guest))
@@ -195,16 +96,7 @@ class QemuHypervisor:
     def _gone(self, sid: str, guest: _Guest) -> None:
         guest.ended.set()
         if not guest.launching:  # a launch under way sees it by itself, and says why it failed
-            self.news.exited(sid, self._last_words(guest.paths))
-
-    @staticmethod
-    def _last_words(paths: build.Paths) -> str:
-        try:
-            with paths.log.open("rb") as file:
-                file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_WORDS))
-                return file.read().decode(errors="replace").strip()
-        except OSError:
-            return ""
+            self.news.exited(sid, last_words(guest.paths))
 
     async def _until_ready(self, guest: _Guest) -> None:
         """Wait for the display: an RFB server speaks first, and says its version (RFC 6143, 7.1.1)."""
@@ -217,7 +109,7 @@ class QemuHypervisor:
                     await asyncio.sleep(0.002)
         except TimeoutError:
             raise LaunchError(Reason.START_TIMEOUT, f"no display within {self._config.ready_s:g} s") from None
-        raise LaunchError(Reason.QEMU_EXITED, self._last_words(guest.paths))
+        raise LaunchError(Reason.QEMU_EXITED, last_words(guest.paths))
 
     # --- while it runs --------------------------------------------------------------------------------------
 
@@ -298,7 +190,7 @@ class QemuHypervisor:
 
     def adopt(self, entry: Entry) -> bool:
         """Take over a guest of a former agent."""
-        paths = self._paths(entry.sid)
+        paths = self._starter.paths(entry.sid)
         process = find(lambda _, line: self._sid_of(line) == entry.sid)
         if process is None:
             return False

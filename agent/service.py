@@ -21,12 +21,13 @@ from deskfleet.agent.core import Agent
 from deskfleet.agent.devices import kvm_groups
 from deskfleet.agent.facts import boot_id, read_facts
 from deskfleet.agent.gpus import find_gpus
-from deskfleet.agent.hypervisor import Config, QemuHypervisor
+from deskfleet.agent.hypervisor import QemuHypervisor
 from deskfleet.agent.images import Disks, ImageIndex
 from deskfleet.agent.journal import FileJournal
 from deskfleet.agent.link import Link
 from deskfleet.agent.processes import Spawn, spawn
 from deskfleet.agent.settings import AgentSettings
+from deskfleet.agent.starter import Config
 from deskfleet.runtime.bus import Bus, run_callback
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DeskfleetError

@@ -25,11 +25,12 @@ from typing import Any
 
 from deskfleet.agent.accel import Accel, choose
 from deskfleet.agent.facts import boot_id
-from deskfleet.agent.hypervisor import Config, QemuHypervisor
+from deskfleet.agent.hypervisor import QemuHypervisor
 from deskfleet.agent.images import Disks, ImageIndex
 from deskfleet.agent.journal import Entry
 from deskfleet.agent.processes import spawn
 from deskfleet.agent.qmp import MonitorError, monitor
+from deskfleet.agent.starter import Config
 from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.host import Phase
 from deskfleet.schemas.machine import Machine, parse_machine
