@@ -1,0 +1,64 @@
+"""What the schemas of wire.py and wire_host.py are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from marshmallow import EXCLUDE, Schema, fields, post_load, validate
+
+from deskfleet.schemas.host import HOST
+from deskfleet.schemas.messages import PCI_ADDRESS
+from deskfleet.schemas.tickets import SID
+
+
+def sid_field() -> fields.Str:
+    """A session's id."""
+    return fields.Str(required=True, validate=validate.Regexp(rf"\A{SID.pattern}\Z"))
+
+
+def host_field() -> fields.Str:
+    """A host's name."""
+    return fields.Str(required=True, validate=validate.Regexp(rf"\A{HOST.pattern}\Z"))
+
+
+def text_field(limit: int, least: int = 0) -> fields.Str:
+    """A text of at most `limit` characters."""
+    return fields.Str(required=True, validate=validate.Length(least, limit))
+
+
+def int_field(low: int = 0, high: int = 1 << 40) -> fields.Int:
+    """A whole number between two bounds."""
+    return fields.Int(required=True, strict=True, validate=validate.Range(low, high))
+
+
+def bool_field() -> fields.Bool:
+    """True or false, and no word for them."""
+    return fields.Bool(required=True, truthy={True}, falsy={False})
+
+
+class Tuple(fields.List[Any]):
+    """A JSON list that becomes a tuple, with a limit on its length."""
+
+    def __init__(self, item: fields.Field[Any], limit: int) -> None:
+        super().__init__(item, required=True, validate=validate.Length(max=limit))
+
+    def _deserialize(self, *args: Any, **kwargs: Any) -> Any:
+        return tuple(super()._deserialize(*args, **kwargs))
+
+
+def addresses_field() -> Tuple:
+    """PCI addresses."""
+    return Tuple(fields.Str(validate=validate.Regexp(rf"\A{PCI_ADDRESS.pattern}\Z")), 64)
+
+
+class Wire(Schema):
+    """Base of the wire schemas: ignores what it does not know and builds `target`."""
+
+    target: type[Any]
+
+    class Meta:
+        unknown = EXCLUDE
+
+    @post_load
+    def _make(self, data: dict[str, Any], **_: Any) -> Any:
+        return self.target(**data)
