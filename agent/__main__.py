@@ -1,6 +1,7 @@
 """deskfleet-agent --config FILE: run this host's agent until SIGTERM. Its guests go on without it.
 
 deskfleet-agent --config FILE preflight [--json]: say whether this machine is fit to be a host.
+deskfleet-agent --config FILE gpu list | gpu release ADDRESS: the GPUs in quarantine; put one back into use.
 deskfleet-agent enroll BUNDLE [--folder /etc/deskfleet] [--replace]: make this machine the host of a bundle.
 """
 
@@ -21,6 +22,7 @@ from deskfleet.agent import accel
 from deskfleet.agent.enrolment import install
 from deskfleet.agent.journal import JournalError
 from deskfleet.agent.preflight import Level, as_json, as_text, look
+from deskfleet.agent.quarantine import QUARANTINE, NotKept, Ward
 from deskfleet.agent.service import AgentError, Service, lock
 from deskfleet.agent.settings import AgentSchema, AgentSettings
 from deskfleet.agent.this_machine import this_machine
@@ -45,8 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--purge", action="store_true", help="end every guest of this host, remove its files, and exit")
     parser.add_argument("--log-level", default="info")
     parser.add_argument("--check", action="store_true", help="only look at the settings")
-    parser.add_argument("command", nargs="?", choices=["run", "preflight", "enroll"], default="run")
-    parser.add_argument("bundle", nargs="?", type=Path, help="enroll: the file from `deskfleet host enroll`")
+    parser.add_argument("command", nargs="?", choices=["run", "preflight", "enroll", "gpu"], default="run")
+    parser.add_argument(
+        "words", nargs="*", help="enroll: the file from `deskfleet host enroll`; gpu: list, or release and an address"
+    )
     parser.add_argument("--folder", type=Path, default=Path("/etc/deskfleet"), help="enroll: where settings go")
     parser.add_argument("--replace", action="store_true", help="enroll: although this machine is a host already")
     parser.add_argument("--json", action="store_true", help="preflight: the findings for programs")
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure(options.log_level, "agent")
     try:
         if options.command == "enroll":
-            return _enroll(options.bundle, options.folder, replace=options.replace)
+            return _enroll(options.words, options.folder, replace=options.replace)
         settings: AgentSettings = load(options.config, {"agent": AgentSchema()}, os.environ, SECTIONS)["agent"]
         if options.check:
             return 0
@@ -62,17 +66,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             findings = look(this_machine(settings))
             print(as_json(findings) if options.json else as_text(findings))
             return int(any(finding.level is Level.BAD for finding in findings))
+        if options.command == "gpu":
+            return _gpu(options.words, Ward(settings.state / QUARANTINE))
         with lock(settings.state):
             return asyncio.run(_run(settings, purge=options.purge))
-    except (SettingsError, AgentError, BundleError, JournalError, BadBrokerUrl, OSError) as error:
-        print(f"deskfleet-agent can't start:\n{error}", file=sys.stderr)
+    except (SettingsError, AgentError, BundleError, JournalError, BadBrokerUrl, NotKept, OSError) as error:
+        what = "start" if options.command == "run" else f"do {options.command}"
+        print(f"deskfleet-agent can't {what}:\n{error}", file=sys.stderr)
         return 2
 
 
-def _enroll(bundle: Path | None, folder: Path, *, replace: bool) -> int:
-    if bundle is None:
+def _gpu(words: Sequence[str], ward: Ward) -> int:
+    match words:
+        case ["list"]:
+            kept = ward.load().values()
+            print("\n".join(f"{k.gpu.address} {k.gpu.model}: {k.problem}" for k in kept) or "no GPU is in quarantine")
+        case ["release", address]:
+            ward.release(address)
+            print(f"{address} is released. A running agent checks it within seconds, and offers it if it is fit.")
+        case _:
+            raise NotKept("say: deskfleet-agent gpu list, or deskfleet-agent gpu release ADDRESS")
+    return 0
+
+
+def _enroll(words: Sequence[str], folder: Path, *, replace: bool) -> int:
+    if len(words) != 1:
         raise BundleError("say which bundle: deskfleet-agent enroll BUNDLE")
-    settings = install(parse_bundle(bundle.read_text()), folder, replace=replace)
+    settings = install(parse_bundle(Path(words[0]).read_text()), folder, replace=replace)
     print(f"This machine is a host now, by {settings}. Remove the bundle, and start the agent.")
     return 0
 
@@ -104,6 +124,8 @@ async def _run(settings: AgentSettings, *, purge: bool) -> int:
     metrics = Metrics("agent")
     guests = metrics.gauge("guests", "Guests that this host holds")
     guests.set_function(lambda: sum(1 for entry in service.agent.entries if entry.live))
+    unfit = metrics.gauge("gpus_in_quarantine", "GPUs that are kept out of use until an administrator releases them")
+    unfit.set_function(lambda: service.lending.in_quarantine)
     ops = serve(*address(settings.ops_listen), metrics.registry, lambda: _health(bus, service, trouble), clock)
     notify_systemd("READY=1")
     await service.run(stop)

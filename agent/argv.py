@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
@@ -34,6 +35,8 @@ _HYPERV = (
     "hv-relaxed,hv-vapic,hv-spinlocks=0x1fff,hv-vpindex,hv-runtime,hv-time,hv-synic,hv-stimer,hv-frequencies,"
     "hv-tlbflush,hv-ipi"
 )
+
+_VFIO = "vfio-pci,host="
 
 _VIDEO = {Video.STD: "VGA", Video.VIRTIO: "virtio-vga", Video.QXL: "qxl-vga"}
 
@@ -238,8 +241,14 @@ def _gpus(start: VmStart) -> list[str]:
     arguments = ["-device", "pcie-root-port,id=gpu,chassis=1"]
     for number, address in enumerate(start.gpu_addresses):
         first = ",multifunction=on" if number == 0 else ""
-        arguments += ["-device", f"vfio-pci,host={address},bus=gpu,addr=0x0.0x{number:x}{first}"]
+        arguments += ["-device", f"{_VFIO}{address},bus=gpu,addr=0x0.0x{number:x}{first}"]
     return arguments
+
+
+def gpus_of(line: Iterable[str]) -> set[str]:
+    """The PCI functions that a qemu command line takes; none for any other program's."""
+    words = [word for word in line if word.startswith(_VFIO)]
+    return {word.removeprefix(_VFIO).partition(",")[0] for word in words}
 
 
 def passt(fd: int, binary: str = "passt") -> list[str]:

@@ -7,9 +7,10 @@ after (kernel documentation, driver-api/vfio: whoever may open /dev/vfio/N drive
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 
@@ -34,14 +35,22 @@ def vfio_nodes(addresses: Iterable[str], sysfs: Path = Path("/sys"), dev: Path =
 
 
 def lend(nodes: Iterable[Path], uid: int) -> None:
-    """Let a guest's user drive these VFIO groups. Raises OSError when a node is missing."""
+    """Let a guest's user drive these VFIO groups.
+
+    Raises:
+        OSError: a node is missing, or another guest has it (EBUSY).
+    """
+    nodes = tuple(nodes)
+    for node in nodes:
+        if node.stat().st_uid not in (0, uid):
+            raise OSError(errno.EBUSY, "lent to another guest", str(node))
     for node in nodes:
         os.chown(node, uid, 0)
 
 
-def take_back(uid: int, dev: Path = Path("/dev")) -> None:
-    """This user drives no VFIO group any more. Whose guest it was need not be remembered: the nodes tell."""
+def take_back(uids: Container[int], dev: Path = Path("/dev")) -> None:
+    """These users drive no VFIO group any more. Whose guests they were need not be remembered: the nodes tell."""
     folder = dev / "vfio"
     for node in folder.iterdir() if folder.is_dir() else ():
-        if node.stat().st_uid == uid:
+        if node.stat().st_uid in uids:
             os.chown(node, 0, 0)

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from deskfleet.agent import argv as build
 from deskfleet.agent import devices
 from deskfleet.agent.images import DiskError, Disks, ImageIndex
 from deskfleet.agent.journal import Entry
+from deskfleet.agent.lending import GpuLending
 from deskfleet.agent.processes import Process, Spawn, arguments, end_tasks, find, option, pids
 from deskfleet.agent.qmp import Monitor, MonitorError, monitor
 from deskfleet.agent.starter import Config, LaunchError, Starter, last_words
@@ -48,6 +49,8 @@ class _Guest:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     stopping: bool = False
+    gpu: tuple[str, ...] = ()
+    returning: asyncio.Task[None] | None = None
 
 
 class QemuHypervisor:
@@ -55,8 +58,11 @@ class QemuHypervisor:
 
     news: News
 
-    def __init__(self, config: Config, images: ImageIndex, disks: Disks, spawn: Spawn) -> None:
+    def __init__(
+        self, config: Config, images: ImageIndex, disks: Disks, spawn: Spawn, lending: GpuLending | None = None
+    ) -> None:
         self._config = config
+        self._lending = lending
         self._disks = disks
         self._starter = Starter(config, images, disks, spawn)
         self._loop = asyncio.get_running_loop()
@@ -68,6 +74,7 @@ class QemuHypervisor:
         """Start a guest; the answer is `ready` or `failed`."""
         assert entry.start is not None
         guest = self._guests[entry.sid] = _Guest(self._starter.paths(entry.sid), launching=True)
+        self._note_gpu(guest, entry.start)
         self._task(guest, self._launch(guest, entry.start))
 
     def _task(self, guest: _Guest, work: Coroutine[Any, Any, None]) -> None:
@@ -83,7 +90,8 @@ class QemuHypervisor:
         except (DiskError, LaunchError) as error:
             await self._give_up(sid, guest, error)
         except OSError as error:
-            self.news.failed(sid, Reason.SPAWN_FAILED, f"{error.filename or ''}: {error.strerror}")
+            detail = f"{error.filename or ''}: {error.strerror}"
+            self._over(sid, guest, lambda: self.news.failed(sid, Reason.SPAWN_FAILED, detail))
         else:
             guest.launching = False
             self.news.ready(sid)
@@ -96,7 +104,34 @@ class QemuHypervisor:
     def _gone(self, sid: str, guest: _Guest) -> None:
         guest.ended.set()
         if not guest.launching:  # a launch under way sees it by itself, and says why it failed
-            self.news.exited(sid, last_words(guest.paths))
+            detail = last_words(guest.paths)
+            self._over(sid, guest, lambda: self.news.exited(sid, detail))
+
+    def _note_gpu(self, guest: _Guest, start: VmStart) -> None:
+        if start.gpu_addresses and self._lending:
+            guest.gpu = start.gpu_addresses
+            self._lending.lent(guest.gpu)
+
+    def _over(self, sid: str, guest: _Guest, tell: Callable[[], None]) -> None:
+        """Tell of a guest's end, once: with a GPU only when that is back and checked, for then it goes to the next."""
+        if not guest.gpu:
+            tell()
+        elif guest.returning is None:
+            guest.returning = self._loop.create_task(self._hand_back(sid, guest, tell))
+
+    async def _hand_back(self, sid: str, guest: _Guest, tell: Callable[[], None]) -> None:
+        assert self._lending
+        try:
+            self._take_back(sid)
+            await self._lending.returned(guest.gpu)
+        except OSError as error:
+            log.error("%s: its GPU was not checked: %s", sid, error)  # so it is not offered before it was
+        tell()
+
+    def _take_back(self, sid: str) -> None:
+        folder = self._config.run / sid
+        if self._config.uids is not None and folder.exists():
+            devices.take_back({folder.stat().st_uid}, self._config.dev)
 
     async def _until_ready(self, guest: _Guest) -> None:
         """Wait for the display: an RFB server speaks first, and says its version (RFC 6143, 7.1.1)."""
@@ -148,7 +183,8 @@ class QemuHypervisor:
         """Power down, then quit, then kill; the answer is `exited`."""
         guest = self._guests.get(entry.sid)
         if guest is None or (guest.process is None and not guest.tasks) or guest.ended.is_set():
-            self._loop.call_soon(self.news.exited, entry.sid)
+            tell = lambda: self.news.exited(entry.sid)  # noqa: E731
+            self._loop.call_soon(self._over, entry.sid, guest, tell) if guest else self._loop.call_soon(tell)
         elif not guest.stopping:
             guest.stopping, guest.launching = True, False
             attending = list(guest.tasks)
@@ -157,7 +193,7 @@ class QemuHypervisor:
     async def _shutdown(self, sid: str, guest: _Guest, attending: list[asyncio.Task[None]], *, powerdown: bool) -> None:
         await end_tasks(attending)  # the launch, or the one that holds the QMP socket, which serves one client only
         if guest.process is None:
-            self.news.exited(sid)
+            self._over(sid, guest, lambda: self.news.exited(sid))
             return
         try:
             async with monitor(guest.paths.qmp) as qemu:
@@ -196,6 +232,8 @@ class QemuHypervisor:
             return False
         guest = self._guests[entry.sid] = _Guest(paths)
         guest.launching = not entry.ran
+        if entry.start:
+            self._note_gpu(guest, entry.start)
         self._hold(entry.sid, guest, process)
         work = self._attend(entry.sid, guest) if entry.ran else self._resume(entry.sid, guest)
         if entry.phase is not Phase.STOPPING:
@@ -218,7 +256,7 @@ class QemuHypervisor:
         if guest.process:
             guest.process.kill()
             await guest.ended.wait()
-        self.news.failed(sid, error.reason, error.detail)
+        self._over(sid, guest, lambda: self.news.failed(sid, error.reason, error.detail))
 
     def _sid_of(self, line: list[str]) -> str:
         """The session of a qemu command line of this very agent; empty for any other process."""
@@ -244,6 +282,8 @@ class QemuHypervisor:
             for task in guest.tasks:
                 if task is not asyncio.current_task(self._loop):
                     task.cancel()
+            if guest.returning and guest.returning is not asyncio.current_task(self._loop):
+                guest.returning.cancel()
             if guest.process and not guest.ended.is_set():
                 guest.process.kill()
         else:
@@ -251,15 +291,21 @@ class QemuHypervisor:
             if stray:
                 stray.kill()
                 os.close(stray.pidfd)
-        folder = self._config.run / sid
-        if self._config.uids is not None and folder.exists():
-            devices.take_back(folder.stat().st_uid, self._config.dev)
-        shutil.rmtree(folder, ignore_errors=True)
+        self._take_back(sid)
+        shutil.rmtree(self._config.run / sid, ignore_errors=True)
         self._disks.remove(sid)
+
+    def take_back_strays(self) -> None:
+        """Take back the devices of guests that are no more, not even by their folder. Called once, at the start."""
+        if self._config.uids is not None:
+            living = {folder.stat().st_uid for folder in self._config.run.iterdir()}
+            devices.take_back(set(self._config.uids) - living, self._config.dev)
 
     async def close(self) -> None:
         """Let go of every guest; they run on."""
-        await end_tasks([task for guest in self._guests.values() for task in guest.tasks])
+        guests = self._guests.values()
+        await end_tasks([task for guest in guests for task in guest.tasks])
+        await end_tasks([guest.returning for guest in guests if guest.returning])
 
     def leftovers(self) -> set[str]:
         """The sids that have files here."""

@@ -20,18 +20,19 @@ from deskfleet.agent.console import UsedNonces
 from deskfleet.agent.core import Agent
 from deskfleet.agent.devices import kvm_groups
 from deskfleet.agent.facts import boot_id, read_facts
-from deskfleet.agent.gpus import find_gpus
 from deskfleet.agent.hypervisor import QemuHypervisor
 from deskfleet.agent.images import Disks, ImageIndex
 from deskfleet.agent.journal import FileJournal
+from deskfleet.agent.lending import GpuLending
 from deskfleet.agent.link import Link
 from deskfleet.agent.processes import Spawn, spawn
+from deskfleet.agent.quarantine import QUARANTINE
 from deskfleet.agent.settings import AgentSettings
 from deskfleet.agent.starter import Config
 from deskfleet.runtime.bus import Bus, run_callback
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DeskfleetError
-from deskfleet.schemas.host import HostReport
+from deskfleet.schemas.host import Gpu, HostReport
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,6 @@ class Service:
         self._incarnation = secrets.token_hex(8)
         self._boot_id = boot_id()
         self._problems: list[str] = [accel.why] if accel.why else []
-        self._sysfs = sysfs
-        self._gpus = find_gpus(sysfs, settings.gpu_names)
         state = settings.state
         self._nonces = state / "nonces"
         for folder in (state / "disks", state / "templates", self._nonces, settings.run, settings.images):
@@ -103,7 +102,12 @@ class Service:
             ready_s=settings.ready_s,
             powerdown_s=settings.powerdown_s,
         )
-        self.hypervisor = QemuHypervisor(config, self._images, Disks(state / "disks", state / "templates"), spawn)
+        self.lending = GpuLending(
+            state / QUARANTINE, self._boot_id, settings.gpu_names, sysfs=sysfs, dev=dev,
+            changed=lambda: self.link.beat(),  # noqa: PLW0108  link comes later
+        )  # fmt: skip
+        disks = Disks(state / "disks", state / "templates")
+        self.hypervisor = QemuHypervisor(config, self._images, disks, spawn, self.lending)
         self.agent = Agent(
             boot_id=self._boot_id,
             journal=FileJournal(state / "journal"),
@@ -111,7 +115,7 @@ class Service:
             report=lambda guest: self.link.report(guest),  # noqa: PLW0108  link comes later
             now=clock.monotonic,
             images=self._images.digests,
-            gpus=lambda: self._gpus,
+            gpus=self._gpus,
         )
         self.hypervisor.news = self.agent
         self.link = Link(settings.host, bus, self.agent, self._describe, clock.monotonic)
@@ -134,6 +138,14 @@ class Service:
             self._problems.append(f"guests get no network: {error}"[:400])
             return "none"
         return "passt"
+
+    def _gpus(self) -> tuple[Gpu, ...]:
+        return self.lending.gpus(self._held())
+
+    def _held(self) -> set[str]:
+        """The PCI functions that guests have."""
+        starts = [entry.start for entry in self.agent.entries if entry.live and entry.start]
+        return {address for start in starts for address in start.gpu_addresses}
 
     def remark(self, problems: Sequence[str]) -> None:
         """Add to what administrators are told about this host."""
@@ -159,6 +171,7 @@ class Service:
         for sid in (self.hypervisor.running() | self.hypervisor.leftovers()) - live:
             log.warning("removing what is left of %s", sid)
             self.hypervisor.clean(sid)
+        self.hypervisor.take_back_strays()
 
     def purge(self) -> int:
         """End every guest of this host and the console bridge, and remove their files; how many guests ended."""
@@ -199,11 +212,12 @@ class Service:
         """New images, other GPUs, old nonces: slow looks, off the loop."""
         nonces = UsedNonces(self._nonces)
         while True:
+            with contextlib.suppress(OSError):
+                await self.lending.refresh(self._held)
             await asyncio.sleep(5.0)
             with contextlib.suppress(OSError):
                 before = self._images.digests()
                 await asyncio.to_thread(self._images.refresh)
-                self._gpus = await asyncio.to_thread(find_gpus, self._sysfs, self._settings.gpu_names)
                 await asyncio.to_thread(nonces.expire, _NONCE_S, self._clock.monotonic())
                 if self._images.digests() != before:
                     self.link.beat()
@@ -227,7 +241,7 @@ class Service:
             disk_mib=facts.disk_mib,
             disk_free_mib=facts.disk_free_mib,
             images=tuple(sorted(self._images.digests())),
-            gpus=self._gpus,
+            gpus=self._gpus(),
             guests=self.agent.guests(),
             problems=tuple(self._problems),
             version=self._version,

@@ -13,7 +13,7 @@ from pathlib import Path
 from deskfleet.agent import argv as build
 from deskfleet.agent import devices
 from deskfleet.agent.images import Disks, ImageIndex
-from deskfleet.agent.processes import Process, Spawn
+from deskfleet.agent.processes import Process, Spawn, arguments, pids
 from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.machine import Firmware
 from deskfleet.schemas.messages import VmStart
@@ -113,7 +113,7 @@ class Starter:
                 self._start_passt(paths.run / "passt.log", theirs.fileno(), uid)
             line = build.qemu(start, paths, accel=self._config.accel, network_fd=network)
             fds = [] if network is None else [network]
-            if uid is not None:
+            if start.gpu_addresses:
                 self._lend_gpu(start, uid)
             pid = self._spawn(line, uid=uid, cwd=paths.run, log=paths.log, fds=fds, groups=self._config.groups)
         process = Process.hold(pid)
@@ -121,9 +121,17 @@ class Starter:
             raise LaunchError(Reason.QEMU_EXITED, last_words(paths))
         return process
 
-    def _lend_gpu(self, start: VmStart, uid: int) -> None:
+    def _lend_gpu(self, start: VmStart, uid: int | None) -> None:
+        """Let the guest's user drive its GPU, whoever has ordered it, unless another guest has it on its command line
+        or owns its device node."""
+        wanted = set(start.gpu_addresses)
+        for pid in pids():
+            if taken := wanted & build.gpus_of(arguments(pid)):
+                raise LaunchError(Reason.GPU_UNAVAILABLE, f"process {pid} drives {', '.join(sorted(taken))}")
         try:
-            devices.lend(devices.vfio_nodes(start.gpu_addresses, self._config.sysfs, self._config.dev), uid)
+            nodes = devices.vfio_nodes(start.gpu_addresses, self._config.sysfs, self._config.dev)
+            if uid is not None:
+                devices.lend(nodes, uid)
         except OSError as error:
             raise LaunchError(Reason.GPU_UNAVAILABLE, f"{error.filename}: {error.strerror}") from error
 

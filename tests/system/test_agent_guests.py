@@ -191,34 +191,6 @@ def test_qemu_that_exits_at_once_leaves_its_last_words_and_nothing_else(host: Ho
     scenario(work)
 
 
-def test_a_gpu_goes_all_the_way_to_qemu(host: Host, tmp_path: Path) -> None:
-    """There is no card here: qemu itself says that it was told to take this one."""
-    for function in ("0000:7f:00.0", "0000:7f:00.1"):
-        device = tmp_path / "bus/pci/devices" / function
-        device.mkdir(parents=True)
-        (device / "class").write_text("0x030000\n" if function.endswith("0") else "0x040300\n")
-        (device / "vendor").write_text("0x10de\n")
-        (device / "device").write_text("0x20b0\n")
-        (tmp_path / "groups/9").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "vfio-pci").mkdir(exist_ok=True)
-        (device / "iommu_group").symlink_to(tmp_path / "groups/9")
-        (device / "driver").symlink_to(tmp_path / "vfio-pci")
-    node = tmp_path / "dev/vfio/9"
-    node.parent.mkdir(parents=True)
-    node.touch()
-
-    async def work() -> None:
-        async with await host.start(sysfs=tmp_path, dev=tmp_path / "dev"):
-            assert [gpu.offered for gpu in host.heartbeats[-1].gpus] == [True]
-            host.launch(SID, gpu_addresses=("0000:7f:00.0", "0000:7f:00.1"))
-            ended = await host.phase(SID, Phase.ENDED)
-            assert ended.reason is Reason.QEMU_EXITED
-            assert "-device vfio-pci,host=0000:7f:00.0" in ended.detail
-            assert node.stat().st_uid == 0, "taken back"
-
-    scenario(work)
-
-
 def test_c24_an_image_that_refers_to_another_file_is_refused(host: Host, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()

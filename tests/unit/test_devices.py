@@ -35,10 +35,18 @@ def test_a_guest_drives_the_groups_of_its_gpu_and_no_other_and_only_while_it_run
     nodes = vfio_nodes(["0000:01:00.0", "0000:01:00.1"], host / "sys", host / "dev")
     lend(nodes, GUEST)
     assert owners(host) == {"7": GUEST, "8": 0, "vfio": 0}
-    take_back(GUEST + 1, host / "dev")
+    take_back({GUEST + 1}, host / "dev")
     assert owners(host)["7"] == GUEST, "another guest's end takes nothing from this one"
-    take_back(GUEST, host / "dev")
+    take_back({GUEST}, host / "dev")
     assert owners(host) == {"7": 0, "8": 0, "vfio": 0}
+
+
+def test_what_one_guest_has_is_not_lent_to_another(host: Path) -> None:
+    nodes = vfio_nodes(["0000:01:00.0"], host / "sys", host / "dev")
+    lend(nodes, GUEST)
+    with pytest.raises(OSError, match="lent to another guest"):
+        lend(nodes, GUEST + 1)
+    assert owners(host)["7"] == GUEST
 
 
 def test_a_card_that_is_gone_is_an_error_and_nothing_to_take_back_is_none(host: Path) -> None:
@@ -47,7 +55,7 @@ def test_a_card_that_is_gone_is_an_error_and_nothing_to_take_back_is_none(host: 
     (host / "dev/vfio/8").unlink()
     with pytest.raises(OSError):
         lend(vfio_nodes(["0000:02:00.0"], host / "sys", host / "dev"), GUEST)
-    take_back(GUEST, host / "nowhere")
+    take_back({GUEST}, host / "nowhere")
 
 
 @pytest.mark.parametrize(("mode", "expected"), [(0o660, True), (0o666, True), (0o600, False), (0o640, False)])
