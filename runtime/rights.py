@@ -54,12 +54,12 @@ def services(passwords: Mapping[str, str], vhost: str = "/") -> dict[str, Any]:
 
 
 def host(name: str, password: str, vhost: str = "/") -> dict[str, Any]:
-    """One host: its login, its rights, and the queue of its commands, which it may read and not declare."""
+    """One host: its login, its rights, and its two queues, which it may read and not declare."""
     login, escaped = agent_login(name), re.escape(name)
     declared = topology.EXCHANGES_ONLY + topology.for_host(name)
     return {
         "users": [user(login, password)],
-        "permissions": [permission(login, "^$", "^events$", rf"^host\.{escaped}$", vhost)],
+        "permissions": [permission(login, "^$", "^events$", rf"^host\.{escaped}(\.look)?$", vhost)],
         "topic_permissions": [
             {"user": login, "vhost": vhost, "exchange": "events", "write": rf"^host\.{escaped}\.", "read": "^$"}
         ],

@@ -149,6 +149,25 @@ class HostInventory:
 
 
 @dataclass(frozen=True, slots=True)
+class VmLook:
+    """A portal process, `replica`, wants to see this guest's screen. Worth nothing a moment later."""
+
+    sid: str
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class VmPicture:
+    """A small picture (PNG) of a guest's screen: the answer to a `VmLook`, or, if `last`, the last one that was taken
+    of a guest which ended without having been told to."""
+
+    host: str
+    sid: str
+    png: bytes
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
 class VmReport:
     """One guest changed; the same entry also stands in the next heartbeat."""
 
@@ -180,6 +199,8 @@ Message = (
     | VmExtend
     | HostFence
     | HostInventory
+    | VmLook
+    | VmPicture
     | VmReport
     | HostReport
     | HostBeat

@@ -22,6 +22,7 @@ SCHEDULER_QUESTIONS = "scheduler.questions"
 HEARTBEAT_TTL_MS = 15_000
 COMMAND_TTL_MS = 60_000
 QUESTION_TTL_MS = 3_000
+LOOK_TTL_MS = 3_000
 DEAD_TTL_MS = 14 * 24 * 3600 * 1000
 
 
@@ -84,6 +85,11 @@ def host_queue(host: str) -> str:
     return f"host.{host}"
 
 
+def look_queue(host: str) -> str:
+    """The queue of the wishes to see screens of one host. A host's name holds no dot, so it is no other host's."""
+    return f"host.{host}.look"
+
+
 def proxy_queue(replica: str) -> str:
     """The queue of one proxy process; it vanishes with its connection."""
     return f"proxy.{replica}"
@@ -107,6 +113,16 @@ def heartbeat_key(host: str) -> str:
 def report_key(host: str) -> str:
     """Routing key of a host's reports about its guests, and of its hello."""
     return f"host.{host}.vm"
+
+
+def picture_key(host: str, replica: str) -> str:
+    """Routing key of a host's pictures for one portal process."""
+    return f"host.{host}.picture.{replica}"
+
+
+def last_key(host: str) -> str:
+    """Routing key of the last pictures of a host's guests."""
+    return f"host.{host}.last"
 
 
 def session_key(sid: str) -> str:
@@ -157,12 +173,16 @@ def core() -> Topology:
 
 
 def for_host(host: str) -> Topology:
-    """The queue of one host. Declared when the host is enrolled: its own login may not declare anything."""
-    name = host_queue(host)
+    """The queues of one host. Declared when the host is enrolled: its own login may not declare anything."""
+    name, look = host_queue(host), look_queue(host)
     return Topology(
         (),
-        (Queue(name, {**_QUORUM, "x-message-ttl": COMMAND_TTL_MS}),),
-        (Binding(name, COMMANDS, name),),
+        (
+            Queue(name, {**_QUORUM, "x-message-ttl": COMMAND_TTL_MS}),
+            # A wish that nobody took is forgotten, not kept with the dead letters.
+            Queue(look, {"x-queue-type": "classic", "x-message-ttl": LOOK_TTL_MS, "x-max-length": 100}),
+        ),
+        (Binding(name, COMMANDS, name), Binding(look, COMMANDS, look)),
     )
 
 
@@ -185,7 +205,7 @@ def for_proxy(replica: str) -> Topology:
 
 
 def for_portal(replica: str) -> Topology:
-    """The queue of one portal process: the scheduler's answers to its questions."""
+    """The queue of one portal process: the scheduler's answers to its questions, and pictures of screens."""
     name = answers_queue(replica)
     return Topology(
         (),
@@ -198,5 +218,9 @@ def for_portal(replica: str) -> Topology:
                 auto_delete=True,
             ),
         ),
-        (Binding(name, EVENTS, answer_key(replica)),),
+        (
+            Binding(name, EVENTS, answer_key(replica)),
+            Binding(name, EVENTS, picture_key("*", replica)),
+            Binding(name, EVENTS, last_key("*")),
+        ),
     )

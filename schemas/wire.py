@@ -27,6 +27,8 @@ from deskfleet.schemas.messages import (
     SessionChanged,
     StopRequested,
     VmExtend,
+    VmLook,
+    VmPicture,
     VmReport,
     VmStart,
     VmStop,
@@ -34,6 +36,7 @@ from deskfleet.schemas.messages import (
 from deskfleet.schemas.session import Outcome, Resources, State
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 from deskfleet.schemas.wire_fields import (
+    Png,
     Tuple,
     Wire,
     addresses_field,
@@ -180,6 +183,20 @@ class HostInventorySchema(Wire):
     host = host_field()
 
 
+class VmLookSchema(Wire):
+    target = VmLook
+    sid = sid_field()
+    replica = fields.Str(required=True, validate=validate.Regexp(rf"\A{REPLICA.pattern}\Z"))
+
+
+class VmPictureSchema(Wire):
+    target = VmPicture
+    host = host_field()
+    sid = sid_field()
+    png = Png(required=True)
+    last = bool_field()
+
+
 class VmReportSchema(Wire):
     target = VmReport
     host = host_field()
@@ -209,6 +226,8 @@ REGISTRY: dict[str, Wire] = {
     "vm.extend.v1": VmExtendSchema(),
     "host.fence.v1": HostFenceSchema(),
     "host.inventory.v1": HostInventorySchema(),
+    "vm.look.v1": VmLookSchema(),
+    "vm.picture.v1": VmPictureSchema(),
     "vm.report.v1": VmReportSchema(),
     "host.heartbeat.v1": HostReportSchema(),
     "host.beat.v1": HostBeatSchema(),

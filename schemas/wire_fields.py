@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
-from marshmallow import EXCLUDE, Schema, fields, post_load, validate
+from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
 
 from deskfleet.schemas.host import HOST
 from deskfleet.schemas.messages import PCI_ADDRESS
+from deskfleet.schemas.picture import is_picture
 from deskfleet.schemas.tickets import SID
 
 
@@ -49,6 +51,22 @@ class Tuple(fields.List[Any]):
 def addresses_field() -> Tuple:
     """PCI addresses."""
     return Tuple(fields.Str(validate=validate.Regexp(rf"\A{PCI_ADDRESS.pattern}\Z")), 64)
+
+
+class Png(fields.Field[bytes]):
+    """A PNG of bounded size as base64. Only its beginning is looked at: whoever draws it must not trust the rest."""
+
+    def _serialize(self, value: Any, *_: Any, **__: Any) -> str:
+        return base64.b64encode(value).decode()
+
+    def _deserialize(self, value: Any, *_: Any, **__: Any) -> bytes:
+        try:
+            png = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
+        except ValueError:
+            png = b""
+        if not is_picture(png):
+            raise ValidationError("not a small PNG")
+        return png
 
 
 class Wire(Schema):
