@@ -23,14 +23,21 @@ class Bridge:
     """Supervises the console bridge that listens on `listen`."""
 
     def __init__(
-        self, listen: str, run: Path, nonces: Path, words: Path, tls: tuple[str, str, str] | None, spawn: Spawn
+        self,
+        listen: str,
+        run: Path,
+        nonces: Path,
+        inputs: Path,
+        words: Path,
+        tls: tuple[str, str, str] | None,
+        spawn: Spawn,
     ) -> None:
         self._listen = listen
         self._run = run
         self._words = words
         self._spawn = spawn
         self._argv = [sys.executable, "-m", _MODULE, "--listen", listen, "--run-dir", str(run)]
-        self._argv += ["--nonce-dir", str(nonces)]
+        self._argv += ["--nonce-dir", str(nonces), "--input-dir", str(inputs)]
         if tls:
             self._argv += ["--cert", tls[0], "--key", tls[1], "--ca", tls[2]]
         self._ended = asyncio.Event()

@@ -1,10 +1,14 @@
 """The host's console server: one websockify that turns WebSockets of the proxies into connections to VNC sockets.
 
-    python -m deskfleet.agent.console --listen [::]:6080 --run-dir DIR --nonce-dir DIR --cert PEM --key PEM --ca PEM
+    python -m deskfleet.agent.console --listen [::]:6080 --run-dir DIR --nonce-dir DIR --input-dir DIR \\
+        --cert PEM --key PEM --ca PEM
 
 A proxy asks for `/websockify?token=<sid>.<nonce>`. The proxy has checked the ticket; here, where there is exactly one
 place for each desktop, the nonce is made single-use. Only proxies may connect: they show a certificate of the CA that
 is good for clients (extended key usage clientAuth), which no host's certificate is.
+
+While a person types or points, the time of the file `<input-dir>/<sid>` changes every few seconds: that is how the
+agent knows that somebody is there.
 
 Facts of websockify 0.13: it forks a process for each connection (about 5 MiB and 17 ms of CPU). The parent keeps two
 pipe ends for each living child, and a child waits with select(2), which takes file numbers below 1024 only; so the
@@ -33,6 +37,7 @@ from typing import Any
 from websockify.token_plugins import BasePlugin
 from websockify.websocketproxy import ProxyRequestHandler, WebSocketProxy
 
+from deskfleet.agent.rfb import Inputs
 from deskfleet.schemas.tickets import NONCE, SID
 
 log = logging.getLogger("deskfleet.agent.console")
@@ -45,6 +50,7 @@ _HIGHEST_FD = 1023 - 8  # room for the files that a connection opens after it is
 _MOST_CHILDREN = 600  # about 507 consoles, and those that are being refused
 _TARGET = re.compile(rf"{PATH}\?token=([0-9a-f.]{{1,128}})")
 _TOKEN = re.compile(rf"({SID.pattern})\.({NONCE.pattern})")
+_INPUT_S = 5.0
 _SECRET = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{32}|token=[^\s'\"]*")
 
 
@@ -131,6 +137,8 @@ class _Handler(ProxyRequestHandler):  # type: ignore[misc]
     """One connection, in a process of its own. Serves nothing but the WebSocket, and logs no request line."""
 
     timeout = _HEAD_S
+    _inputs: Inputs
+    _told_at = float("-inf")
 
     def log_message(self, *_: object) -> None:
         """Drop what the library says: it holds request lines and paths, and with them tokens."""
@@ -166,17 +174,34 @@ class _Handler(ProxyRequestHandler):  # type: ignore[misc]
 
     def new_websocket_client(self) -> None:
         self.connection.settimeout(None)
+        self._inputs = Inputs()
         log.info("console of %s opened for %s", self._sid, self.headers.get("X-Forwarded-For", "?")[:64])
         try:
             super().new_websocket_client()
         finally:
             log.info("console of %s closed", self._sid)
 
+    def recv_frames(self) -> Any:
+        """What the viewer sent; told on when a person did it."""
+        pieces, closed = super().recv_frames()
+        touched = False
+        for piece in pieces:
+            touched |= self._inputs.feed(piece)
+        if touched and time.monotonic() - self._told_at > _INPUT_S:
+            self._told_at = time.monotonic()
+            try:
+                (self.server.input_dir / self._sid).touch()
+            except OSError as error:
+                log.warning("input at %s can't be told: %s", self._sid, error.strerror)
+        return pieces, closed
+
 
 class ConsoleServer(WebSocketProxy):  # type: ignore[misc]
     """websockify with our handler, our token plugin and a TLS context that is built once."""
 
-    def __init__(self, host: str, port: int, plugin: SessionToken, context: ssl.SSLContext | None) -> None:
+    def __init__(
+        self, host: str, port: int, plugin: SessionToken, input_dir: Path, context: ssl.SSLContext | None
+    ) -> None:
         # What the library says about its settings is wrong for this subclass.
         self.get_logger().setLevel(logging.WARNING)
         super().__init__(
@@ -188,6 +213,7 @@ class ConsoleServer(WebSocketProxy):  # type: ignore[misc]
             heartbeat=HEARTBEAT_S,
         )
         self._context = context
+        self.input_dir = input_dir
 
     def started(self) -> None:
         log.info(
@@ -271,6 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--listen", type=_address, required=True, metavar="ADDRESS:PORT")
     parser.add_argument("--run-dir", type=_folder, required=True, help="holds <sid>/vnc.sock")
     parser.add_argument("--nonce-dir", type=_folder, required=True, help="holds a file for each used nonce")
+    parser.add_argument("--input-dir", type=_folder, required=True, help="holds a file for each desktop with input")
     for name, text in (("cert", "this host's certificate"), ("key", "its key"), ("ca", "who signs proxies")):
         parser.add_argument(f"--{name}", default="", help=f"{text}, PEM")
     options = parser.parse_args(arguments)
@@ -291,7 +318,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # refusing takes files as well
     multiprocessing.set_start_method("fork")  # from Python 3.14 on the default would not inherit the listener's state
-    ConsoleServer(host, port, SessionToken(options.run_dir, options.nonce_dir), context).start_server()
+    ConsoleServer(
+        host, port, SessionToken(options.run_dir, options.nonce_dir), options.input_dir, context
+    ).start_server()
     for child in multiprocessing.active_children():
         child.kill()  # else the end would wait for those that have missed SIGTERM
     return 0

@@ -55,6 +55,9 @@ class Hypervisor(Protocol):
     def cpu_s(self, sid: str) -> float | None:
         """CPU seconds that a guest has used so far; None when that can't be told."""
 
+    def touched(self, sid: str) -> int:
+        """A number that changes when a person types or points in a guest."""
+
     def clean(self, sid: str) -> None:
         """Remove every process, socket and file of a guest that has ended. Idempotent."""
 
@@ -68,6 +71,7 @@ class _Watch:
     empty_since: float | None = None
     worked_at: float | None = None
     cpu_s: float = 0.0
+    touched: int = 0
 
 
 class Agent:
@@ -298,6 +302,7 @@ class Agent:
         if watch is None or watch.viewers == count:
             return
         watch.viewers = count
+        watch.worked_at = None
         watch.seen = watch.seen or count > 0
         watch.empty_since = None if count else self._now()
 
@@ -338,11 +343,12 @@ class Agent:
         return None
 
     def _idle_for(self, sid: str, watch: _Watch, now: float) -> float:
-        """For how many seconds nobody was connected and the guest has hardly computed: a job that runs without a
-        viewer is not idle. A guest whose work can't be told counts as working."""
-        used = self._hypervisor.cpu_s(sid)
-        if watch.worked_at is None or watch.viewers or used is None:
-            watch.worked_at, watch.cpu_s = now, used or 0.0
+        """For how many seconds nobody came, went, typed or pointed, and the guest has hardly computed: a job that runs
+        without a viewer is not idle, and a window left open over night is. A guest whose work can't be told counts as
+        working."""
+        used, touched = self._hypervisor.cpu_s(sid), self._hypervisor.touched(sid)
+        if watch.worked_at is None or touched != watch.touched or used is None:
+            watch.worked_at, watch.cpu_s, watch.touched = now, used or 0.0, touched
         elif used - watch.cpu_s > BUSY_SHARE * (now - watch.worked_at) + BUSY_S:
             watch.worked_at, watch.cpu_s = now, used
         return now - watch.worked_at

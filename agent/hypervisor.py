@@ -51,6 +51,7 @@ class _Guest:
     stopping: bool = False
     gpu: tuple[str, ...] = ()
     returning: asyncio.Task[None] | None = None
+    monitor: Monitor | None = None
 
 
 class QemuHypervisor:
@@ -153,17 +154,33 @@ class QemuHypervisor:
         while not guest.ended.is_set():
             try:
                 async with self._guest_agent(guest), monitor(guest.paths.qmp) as qemu:
+                    guest.monitor = qemu
                     with qemu.events("VNC_CONNECTED", "VNC_INITIALIZED", "VNC_DISCONNECTED") as events:
                         await self._count(sid, qemu)
                         async for _ in events:
                             await self._count(sid, qemu)
             except MonitorError as error:
                 log.info("%s: %s", sid, error)
+            finally:
+                guest.monitor = None
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(guest.ended.wait(), 1.0)
 
     async def _count(self, sid: str, qemu: Monitor) -> None:
         self.news.viewers(sid, await qemu.viewers())
+
+    async def dump(self, sid: str) -> Path:
+        """Let qemu write a guest's screen into the guest's folder, where alone it may write (QMP screendump).
+
+        Raises:
+            MonitorError: the guest does not run, or its qemu does not answer.
+        """
+        guest = self._guests.get(sid)
+        if guest is None or guest.monitor is None:
+            raise MonitorError("not running")
+        path = guest.paths.run / "screen.ppm"
+        await guest.monitor.command("screendump", {"filename": str(path), "format": "ppm"})
+        return path
 
     @contextlib.asynccontextmanager
     async def _guest_agent(self, guest: _Guest) -> Any:
@@ -275,6 +292,13 @@ class QemuHypervisor:
         guest = self._guests.get(sid)
         return guest.process.cpu_s() if guest and guest.process else None
 
+    def touched(self, sid: str) -> int:
+        """A number that changes when a person types or points in a guest."""
+        try:
+            return (self._config.inputs / sid).stat().st_mtime_ns if self._config.inputs else 0
+        except OSError:
+            return 0
+
     def clean(self, sid: str) -> None:
         """Remove everything of an ended guest."""
         guest = self._guests.pop(sid, None)
@@ -293,6 +317,8 @@ class QemuHypervisor:
                 os.close(stray.pidfd)
         self._take_back(sid)
         shutil.rmtree(self._config.run / sid, ignore_errors=True)
+        if self._config.inputs:
+            (self._config.inputs / sid).unlink(missing_ok=True)
         self._disks.remove(sid)
 
     def take_back_strays(self) -> None:

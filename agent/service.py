@@ -25,6 +25,7 @@ from deskfleet.agent.images import Disks, ImageIndex
 from deskfleet.agent.journal import FileJournal
 from deskfleet.agent.lending import GpuLending
 from deskfleet.agent.link import Link
+from deskfleet.agent.pictures import Pictures
 from deskfleet.agent.processes import Spawn, spawn
 from deskfleet.agent.quarantine import QUARANTINE
 from deskfleet.agent.settings import AgentSettings
@@ -32,11 +33,14 @@ from deskfleet.agent.starter import Config
 from deskfleet.runtime.bus import Bus, run_callback
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DeskfleetError
-from deskfleet.schemas.host import Gpu, HostReport
+from deskfleet.schemas.host import Gpu, GuestReport, HostReport, Phase
+from deskfleet.schemas.messages import VmLook
+from deskfleet.schemas.session import Outcome
 
 log = logging.getLogger(__name__)
 
 _NONCE_S = 600.0
+_MOST_SHOWS = 50
 
 
 class AgentError(DeskfleetError):
@@ -83,8 +87,8 @@ class Service:
         self._boot_id = boot_id()
         self._problems: list[str] = [accel.why] if accel.why else []
         state = settings.state
-        self._nonces = state / "nonces"
-        for folder in (state / "disks", state / "templates", self._nonces, settings.run, settings.images):
+        self._nonces, inputs = state / "nonces", state / "inputs"
+        for folder in (state / "disks", state / "templates", self._nonces, inputs, settings.run, settings.images):
             folder.mkdir(parents=True, exist_ok=True)
             # Guests reach their own files by their full path, and can list nothing on the way.
             folder.chmod(0o711 if folder in (state / "disks", settings.run) else folder.stat().st_mode & 0o7777)
@@ -99,6 +103,7 @@ class Service:
             groups=kvm_groups() if accel.name == "kvm" else (),
             sysfs=sysfs,
             dev=dev,
+            inputs=inputs,
             ready_s=settings.ready_s,
             powerdown_s=settings.powerdown_s,
         )
@@ -112,15 +117,23 @@ class Service:
             boot_id=self._boot_id,
             journal=FileJournal(state / "journal"),
             hypervisor=self.hypervisor,
-            report=lambda guest: self.link.report(guest),  # noqa: PLW0108  link comes later
+            report=self._report,
             now=clock.monotonic,
             images=self._images.digests,
             gpus=self._gpus,
         )
         self.hypervisor.news = self.agent
-        self.link = Link(settings.host, bus, self.agent, self._describe, clock.monotonic)
+        self._pictures = Pictures(self.hypervisor.dump, clock.monotonic)
+        self._shows: set[asyncio.Task[None]] = set()
+        self.link = Link(settings.host, bus, self.agent, self._describe, clock.monotonic, self._look)
         self.bridge = Bridge(
-            settings.console_listen, settings.run, self._nonces, state / "console.log", settings.console_tls, spawn
+            settings.console_listen,
+            settings.run,
+            self._nonces,
+            inputs,
+            state / "console.log",
+            settings.console_tls,
+            spawn,
         )
 
     def _guarded_network(self) -> str:
@@ -191,12 +204,37 @@ class Service:
             asyncio.create_task(self._every(self._settings.heartbeat_s, self.link.beat)),
             asyncio.create_task(self._every(1.0, self._tick)),
             asyncio.create_task(self._look_around()),
+            asyncio.create_task(self._take_pictures()),
         ]
         await stop.wait()
-        for task in work:
+        for task in [*work, *self._shows]:
             task.cancel()
-        await asyncio.gather(*work, return_exceptions=True)
+        await asyncio.gather(*work, *self._shows, return_exceptions=True)
         await self.hypervisor.close()
+
+    def _report(self, guest: GuestReport) -> None:
+        """Say what happened to a guest. Of one that ended without having been told to, the last picture is shown."""
+        self.link.report(guest)
+        if guest.phase is Phase.ENDED:
+            png = self._pictures.last(guest.sid)
+            if png and guest.outcome in (Outcome.FAILED, Outcome.GUEST_OFF):
+                self.link.show(guest.sid, png)
+
+    def _look(self, wish: VmLook) -> None:
+        if len(self._shows) < _MOST_SHOWS:
+            task = asyncio.get_running_loop().create_task(self._show(wish))
+            self._shows.add(task)
+            task.add_done_callback(self._shows.discard)
+
+    async def _show(self, wish: VmLook) -> None:
+        with contextlib.suppress(DeskfleetError):  # it may have ended meanwhile; the portal asks again
+            self.link.show(wish.sid, await self._pictures.look(wish.sid), wish.replica)
+
+    async def _take_pictures(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.picture_s)
+            running = [entry.sid for entry in self.agent.entries if entry.phase is Phase.RUNNING]
+            await self._pictures.sweep(running)
 
     def _tick(self) -> None:
         self.agent.tick()

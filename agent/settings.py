@@ -39,6 +39,7 @@ class AgentSettings:
     ready_s: float
     powerdown_s: float
     heartbeat_s: float
+    picture_s: float
 
 
 class AgentSchema(Schema):
@@ -68,6 +69,8 @@ class AgentSchema(Schema):
     ready_s = fields.Float(load_default=30.0, validate=validate.Range(1, 600))
     powerdown_s = fields.Float(load_default=10.0, validate=validate.Range(0, 600))
     heartbeat_s = fields.Float(load_default=5.0, validate=validate.Range(0.5, 60))
+
+    picture_s = fields.Float(load_default=30.0, validate=validate.Range(1, 3600))
 
     @validates_schema
     def _together(self, data: dict[str, Any], **_: Any) -> None:

@@ -34,7 +34,8 @@ class LaunchError(DeskfleetError):
 class Config:
     """How guests run here; times in seconds. `uids` is the range of user ids that guests get, one each; None lets
     them run as the agent's own user (for an agent that is not root). `groups` are what their qemu may belong to
-    besides, `network` is passt or none, `sysfs` and `dev` are where devices are found."""
+    besides, `network` is passt or none, `sysfs` and `dev` are where devices are found, `inputs` is where
+    the console bridge tells of input."""
 
     run: Path
     accel: str
@@ -43,6 +44,7 @@ class Config:
     groups: tuple[int, ...] = ()
     sysfs: Path = Path("/sys")
     dev: Path = Path("/dev")
+    inputs: Path | None = None
     ready_s: float = 30.0
     powerdown_s: float = 10.0
     quit_s: float = 5.0

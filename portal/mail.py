@@ -1,4 +1,4 @@
-"""The mail that tells a person, once, that the desktop they waited for is running.
+"""Mails to the owners of desktops: the one they waited for is running; the one that runs ends soon. Each once.
 
 It is written and sent by a thread of its own, so that no page waits for a mail server. A row in the portal's database
 claims each try, so that several portals send one mail; a crash in the instant after the server took it may send it
@@ -12,6 +12,7 @@ import smtplib
 import ssl
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import formatdate
@@ -19,10 +20,10 @@ from enum import StrEnum
 from urllib.parse import urlsplit
 
 from prometheus_client import Counter
-from sqlalchemy import RowMapping, delete, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, and_, delete, or_, select, update
 
 from deskfleet.portal import tables
-from deskfleet.portal.records import Records, Started
+from deskfleet.portal.records import Records
 from deskfleet.portal.settings import MailSettings, address_of, trust
 from deskfleet.portal.store import Store, upsert
 from deskfleet.runtime.service import Clock
@@ -42,6 +43,11 @@ _STEP_S = 10.0
 Send = Callable[[EmailMessage], None]
 
 
+_READY = "ready"
+#: How long before the end a person is told, in minutes. What lasts hardly longer than that is not told of.
+_WARN_MIN = (30, 5)
+
+
 class Fate(StrEnum):
     """What became of a mail."""
 
@@ -51,8 +57,18 @@ class Fate(StrEnum):
     NEEDLESS = "needless"
 
 
+@dataclass(frozen=True, slots=True)
+class _Cause:
+    """Why a mail is due. `kind` is ready, or end:MINUTES:LIFETIME: whoever let a desktop last longer is told again."""
+
+    sid: str
+    user: str
+    machine: str
+    kind: str
+
+
 class Notices:
-    """Finds desktops that run after a wait, and sends their owners a mail."""
+    """Finds desktops that run after a wait and those that end soon, and sends their owners a mail."""
 
     def __init__(
         self,
@@ -76,7 +92,8 @@ class Notices:
 
     def sweep(self) -> None:
         """Enter what is new and try what is due. Repeated every few seconds; raises DBAPIError."""
-        self._enter(self._records.started_late(self._settings.mail_after_s, _NEWS_S))
+        started = self._records.started_late(self._settings.mail_after_s, _NEWS_S)
+        self._enter([_Cause(found.sid, found.user, found.machine, _READY) for found in started] + self._endings())
         notice, now = tables.notice.c, self._clock.wall()
         # A date that lies far ahead comes from a clock that was set back since.
         farthest = now + _FIRST_PAUSE_S * 2.0**_MOST_TRIES
@@ -88,7 +105,7 @@ class Notices:
             if self._claim(row):
                 fate = self._try(row)
                 if fate is not Fate.OPEN:
-                    self._close(row["sid"], fate)
+                    self._close(row, fate)
 
     def prune(self) -> None:
         """Forget mails of long ago."""
@@ -96,36 +113,39 @@ class Notices:
             old = tables.notice.c.created_at < self._clock.wall() - _KEEP_S
             connection.execute(delete(tables.notice).where(old))
 
-    def _enter(self, found: list[Started]) -> None:
-        if not found:
+    def _endings(self) -> list[_Cause]:
+        if not self._settings.mail_before_end:
+            return []
+        causes = []
+        for found in self._records.ending(60.0 * max(_WARN_MIN)):
+            due = [m for m in _WARN_MIN if found.left_s <= 60 * m and found.lifetime_s >= 2 * 60 * m]
+            if due:  # a portal that was off says it once, as it is now
+                causes.append(_Cause(found.sid, found.user, found.machine, f"end:{min(due)}:{found.lifetime_s}"))
+        return causes
+
+    def _enter(self, causes: list[_Cause]) -> None:
+        if not causes:
             return
+        notice = tables.notice.c
         with self._store.reading() as connection:
-            query = select(tables.notice.c.sid).where(tables.notice.c.sid.in_([started.sid for started in found]))
-            known = set(connection.scalars(query))
+            query = select(notice.sid, notice.kind).where(notice.sid.in_({cause.sid for cause in causes}))
+            known = {(row.sid, row.kind) for row in connection.execute(query)}
         now = self._clock.wall()
         rows = [
-            {
-                "sid": started.sid,
-                "user": started.user,
-                "machine": started.machine,
-                "created_at": now,
-                "next_try_at": now,
-                "tries": 0,
-                "state": Fate.OPEN.value,
-            }
-            for started in found
-            if started.sid not in known
+            {**asdict(cause), "created_at": now, "next_try_at": now, "tries": 0, "state": Fate.OPEN.value}
+            for cause in causes
+            if (cause.sid, cause.kind) not in known
         ]
         if rows:
             with self._store.writing() as connection:
                 insertion = upsert(connection, tables.notice).values(rows)
-                connection.execute(insertion.on_conflict_do_nothing(index_elements=["sid"]))
+                connection.execute(insertion.on_conflict_do_nothing(index_elements=["sid", "kind"]))
 
     def _claim(self, row: RowMapping) -> bool:
         notice = tables.notice.c
         query = (
             update(tables.notice)
-            .where(notice.sid == row["sid"], notice.state == Fate.OPEN, notice.tries == row["tries"])
+            .where(_is(row), notice.state == Fate.OPEN, notice.tries == row["tries"])
             .values(tries=row["tries"] + 1, next_try_at=self._clock.wall() + _FIRST_PAUSE_S * 2.0 ** row["tries"])
         )
         with self._store.writing() as connection:
@@ -133,41 +153,66 @@ class Notices:
 
     def _try(self, row: RowMapping) -> Fate:
         sid = row["sid"]
-        if not self._records.running(sid):
+        left_s = self._records.left_s(sid)
+        minutes = _minutes(row["kind"])
+        # It has ended, or its owner has let it last longer, since.
+        if left_s is None or (minutes and left_s > 60 * minutes):
             return Fate.NEEDLESS
         address = address_of(row["user"], self._settings.domain)
         if address is None:
             log.warning("no mail about session %s: its owner's name makes no address", sid)
             return Fate.FAILED
         try:
-            self._send(self._write(row, address))
+            self._send(self._write(row, address, left_s))
         except (smtplib.SMTPException, OSError) as error:
             last = row["tries"] + 1 >= _MOST_TRIES
             log.warning("the mail about session %s was not taken%s: %s", sid, ", given up" if last else "", _why(error))
             return Fate.FAILED if last else Fate.OPEN
         return Fate.SENT
 
-    def _write(self, row: RowMapping, address: str) -> EmailMessage:
+    def _write(self, row: RowMapping, address: str, left_s: float) -> EmailMessage:
         machine = self._machines().get(row["machine"])
         title = "".join(letter for letter in (machine.title if machine else row["machine"]) if letter.isprintable())
         message = EmailMessage(policy=SMTP)  # it refuses a header that holds a line break
         message["From"] = self._settings.sender
         message["To"] = address
-        message["Subject"] = f"Your desktop is ready: {title}"
+        subject, text = self._ends(title, left_s) if _minutes(row["kind"]) else self._ready(row, title)
+        message["Subject"] = subject
         message["Date"] = formatdate(self._clock.wall())
-        message["Message-ID"] = f"<ready.{row['sid']}@{urlsplit(self._public_url).hostname}>"
+        message["Message-ID"] = f"<{row['kind'].replace(':', '.')}.{row['sid']}@{urlsplit(self._public_url).hostname}>"
         message["Auto-Submitted"] = "auto-generated"
-        message.set_content(
-            f"The desktop that you waited for is running now: {title}\n\n"
-            f"Open it: {self._public_url}/desktop/{row['sid']}\n\n"
-            "If nobody opens it for a while it ends by itself, and others get its place.\n"
-        )
+        message.set_content(text)
         return message
 
-    def _close(self, sid: str, fate: Fate) -> None:
+    def _ready(self, row: RowMapping, title: str) -> tuple[str, str]:
+        return (
+            f"Your desktop is ready: {title}",
+            f"The desktop that you waited for is running now: {title}\n\n"
+            f"Open it: {self._public_url}/desktop/{row['sid']}\n\n"
+            "If nobody opens it for a while it ends by itself, and others get its place.\n",
+        )
+
+    def _ends(self, title: str, left_s: float) -> tuple[str, str]:
+        minutes = max(1, round(left_s / 60))
+        return (
+            f"Your desktop ends in {minutes} min: {title}",
+            f"The time of your desktop is over in about {minutes} min: {title}\n\n"
+            f"Save your work, or let it last longer: {self._public_url}/desktops\n",
+        )
+
+    def _close(self, row: RowMapping, fate: Fate) -> None:
         self._count.labels(fate.value).inc()
         with self._store.writing() as connection:
-            connection.execute(update(tables.notice).where(tables.notice.c.sid == sid).values(state=fate.value))
+            connection.execute(update(tables.notice).where(_is(row)).values(state=fate.value))
+
+
+def _is(row: RowMapping) -> ColumnElement[bool]:
+    return and_(tables.notice.c.sid == row["sid"], tables.notice.c.kind == row["kind"])
+
+
+def _minutes(kind: str) -> int:
+    """How long before the end a mail of this kind is due; 0 when it is about something else."""
+    return 0 if kind == _READY else int(kind.split(":")[1])
 
 
 def sender_over(settings: MailSettings, own_name: str) -> Send:

@@ -31,6 +31,17 @@ class Started:
     machine: str
 
 
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A running desktop that has `left_s` seconds of its `lifetime_s` left."""
+
+    sid: str
+    user: str
+    machine: str
+    lifetime_s: int
+    left_s: float
+
+
 class Records:
     """Small questions to the ledger. `silent_s` is after how many seconds a host that says nothing counts as silent.
 
@@ -61,11 +72,28 @@ class Records:
                 for row in connection.execute(query)
             }
 
-    def running(self, sid: str) -> bool:
-        """Whether a desktop runs."""
-        query = select(tables.session.c.state).where(tables.session.c.sid == sid)
+    def left_s(self, sid: str) -> float | None:
+        """How many seconds of its lifetime a desktop has left; None when it does not run."""
+        session = tables.session.c
+        query = select(session.changed_at + session.lifetime_s).where(
+            session.sid == sid, session.state == State.RUNNING.value
+        )
         with self._engine.connect() as connection:
-            return connection.scalar(query) == State.RUNNING.value
+            ends_at = connection.scalar(query)
+        return None if ends_at is None else max(0.0, ends_at - self._clock.wall())
+
+    def ending(self, within_s: float) -> list[Ending]:
+        """The running desktops whose lifetime is over in `within_s` seconds."""
+        session, now = tables.session.c, self._clock.wall()
+        ends_at = session.changed_at + session.lifetime_s
+        query = select(session.sid, session.user, session.machine, session.lifetime_s, ends_at.label("ends_at")).where(
+            session.state == State.RUNNING.value, ends_at > now, ends_at <= now + within_s
+        )
+        with self._engine.connect() as connection:
+            return [
+                Ending(row.sid, row.user, row.machine, row.lifetime_s, row.ends_at - now)
+                for row in connection.execute(query)
+            ]
 
     def started_late(self, after_s: float, within_s: float) -> list[Started]:
         """The desktops that came to run in the last `within_s` seconds after a wait of at least `after_s`."""

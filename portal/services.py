@@ -26,6 +26,7 @@ from deskfleet.portal.logins import Logins
 from deskfleet.portal.mail import Notices, sender_over
 from deskfleet.portal.outbox import Outbox
 from deskfleet.portal.outlook import Forecasts
+from deskfleet.portal.pictures import Pictures
 from deskfleet.portal.records import Records
 from deskfleet.portal.settings import PortalSettings
 from deskfleet.portal.store import Store
@@ -71,6 +72,7 @@ class Services:
     desktops: Desktops
     fleet: Fleet
     forecasts: Forecasts
+    pictures: Pictures
     seals: Seals
     tickets: Tickets
     notices: Notices | None
@@ -93,6 +95,7 @@ class Services:
             ("logins", self.logins.prune),
             ("throttle", self.throttle.prune),
             ("audit", self.audit.prune),
+            ("pictures", self.pictures.prune),
             *([("mails", self.notices.prune)] if self.notices is not None else []),
         ):
             run_callback(prune, f"forgetting old {what}")
@@ -155,6 +158,7 @@ def build(
         fleet=Fleet(reader, records, bus, clock),
         # Half of the threads may wait for the scheduler, so that the others go on when it is away.
         forecasts=Forecasts(bus, replica, clock, max(1, settings.threads // 2)),
+        pictures=Pictures(store, reader, bus, replica, clock),
         seals=Seals(settings.secret_key.reveal()),
         tickets=Tickets([key.reveal() for key in settings.ticket_keys]),
         notices=notices,

@@ -22,7 +22,8 @@ _DAY = 24 * 3600
 @dataclass(frozen=True, slots=True)
 class MailSettings:
     """How mails are sent. `ca` is a file of certificates to believe ("": the system's), `domain` makes an address of a
-    name without one, `mail_after_s` is after how long a wait a person is told that the desktop is ready."""
+    name without one, `mail_after_s` is after how long a wait a person is told that the desktop is ready,
+    `mail_before_end` is whether they are told 30 and 5 minutes before it ends."""
 
     server: str
     port: int
@@ -33,6 +34,7 @@ class MailSettings:
     sender: str
     domain: str
     mail_after_s: int
+    mail_before_end: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ class MailSchema(Schema):
     sender = fields.Str(required=True)
     domain = fields.Str(load_default="", validate=validate.Length(max=253))
     mail_after_s = _seconds(60, 0, _DAY)
+    mail_before_end = fields.Bool(load_default=True)
 
     @validates_schema
     def _together(self, data: Mapping[str, Any], **_: Any) -> None:

@@ -6,7 +6,7 @@ Secrets that the portal only has to recognise (cookies, tokens) are stored as SH
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, LargeBinary, MetaData, String, Table, Text
 
 #: SQLite counts rows by INTEGER only; PostgreSQL gets a 64-bit identity.
 _ID = BigInteger().with_variant(Integer, "sqlite")
@@ -80,11 +80,12 @@ request = Table(
     Index("ix_portal_request_user", "user", "created_at"),
 )
 
-#: Mails about desktops that are ready: one a desktop, whatever becomes of it.
+#: Mails about desktops: one of a kind for each, whatever becomes of it.
 notice = Table(
     "portal_notice",
     metadata,
     Column("sid", String(32), primary_key=True),
+    Column("kind", String(24), primary_key=True),
     Column("user", String(320), nullable=False),
     Column("machine", String(48), nullable=False),
     Column("created_at", Float, nullable=False),
@@ -92,6 +93,15 @@ notice = Table(
     Column("tries", Integer, nullable=False),
     Column("state", String(16), nullable=False),
     Index("ix_portal_notice_state", "state", "next_try_at"),
+)
+
+#: The last pictures of desktops that failed.
+frame = Table(
+    "portal_frame",
+    metadata,
+    Column("sid", String(32), primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("png", LargeBinary, nullable=False),
 )
 
 audit = Table(

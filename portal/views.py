@@ -13,7 +13,7 @@ from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.launching import Wish, lifetimes, offered
 from deskfleet.portal.services import services
-from deskfleet.portal.web import own_desktop, person, public, someone
+from deskfleet.portal.web import mine, own_desktop, person, public, someone
 from deskfleet.schemas.machine import GpuPolicy, Machine
 from deskfleet.schemas.session import State
 from deskfleet.schemas.tickets import SID
@@ -195,6 +195,7 @@ def _progress(desktop: Desktop) -> dict[str, object]:
         "stages": progress.stages(story, now),
         "headline": progress.headline(story),
         "pause_ms": progress.pause_ms(story.desktop, now),
+        "last": desktop.over and desktop.user == person().user and services().pictures.has_last(desktop.sid),
     }
 
 
@@ -218,6 +219,23 @@ def _own() -> dict[str, object]:
         "longest_s": services().settings.lifetime_max_s,
         "sure": sure,
     }
+
+
+@pages.get("/desktops/<sid>/picture")
+def picture(sid: str) -> Response:
+    """The screen of one's own running desktop, small; a blank while there is none. Nobody else gets it."""
+    desktop = mine(checked(sid))
+    png = services().pictures.of(desktop)
+    return Response(png, mimetype="image/png") if png else Response(status=204)
+
+
+@pages.get("/desktops/<sid>/last")
+def last(sid: str) -> Response:
+    """The last picture of one's own desktop that failed."""
+    png = services().pictures.last(mine(checked(sid)).sid)
+    if png is None:
+        raise Problem(Refused.NOT_FOUND)
+    return Response(png, mimetype="image/png")
 
 
 @pages.post("/desktops/<sid>/stop")

@@ -115,6 +115,18 @@ def client_address() -> str:
     return forwarded[:64] or peer
 
 
+def mine(sid: str) -> Desktop:
+    """A desktop of the person's own: what is on its screen is no administrator's business.
+
+    Raises:
+        Problem: the same for another person's as for one that does not exist.
+    """
+    desktop = own_desktop(sid)
+    if desktop.user != person().user:
+        raise Problem(Refused.NO_SUCH_DESKTOP)
+    return desktop
+
+
 def own_desktop(sid: str) -> Desktop:
     """A desktop that the person may touch: their own, or anybody's for an administrator.
 

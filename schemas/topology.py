@@ -23,6 +23,7 @@ HEARTBEAT_TTL_MS = 15_000
 COMMAND_TTL_MS = 60_000
 QUESTION_TTL_MS = 3_000
 LOOK_TTL_MS = 3_000
+PICTURE_TTL_MS = 15_000
 DEAD_TTL_MS = 14 * 24 * 3600 * 1000
 
 
@@ -98,6 +99,11 @@ def proxy_queue(replica: str) -> str:
 def answers_queue(replica: str) -> str:
     """The queue of the answers to one portal process; it vanishes with its connection."""
     return f"answers.{replica}"
+
+
+def pictures_queue(replica: str) -> str:
+    """The queue of the pictures of screens for one portal process; it vanishes with its connection."""
+    return f"pictures.{replica}"
 
 
 def answer_key(replica: str) -> str:
@@ -205,22 +211,29 @@ def for_proxy(replica: str) -> Topology:
 
 
 def for_portal(replica: str) -> Topology:
-    """The queue of one portal process: the scheduler's answers to its questions, and pictures of screens."""
-    name = answers_queue(replica)
+    """The queues of one portal process: the scheduler's answers to its questions, and pictures of screens."""
+    answers, pictures = answers_queue(replica), pictures_queue(replica)
     return Topology(
         (),
         (
             Queue(
-                name,
+                answers,
                 {"x-queue-type": "classic", "x-message-ttl": QUESTION_TTL_MS, "x-max-length": 1_000},
+                durable=False,
+                exclusive=True,
+                auto_delete=True,
+            ),
+            Queue(
+                pictures,
+                {"x-queue-type": "classic", "x-message-ttl": PICTURE_TTL_MS, "x-max-length": 500},
                 durable=False,
                 exclusive=True,
                 auto_delete=True,
             ),
         ),
         (
-            Binding(name, EVENTS, answer_key(replica)),
-            Binding(name, EVENTS, picture_key("*", replica)),
-            Binding(name, EVENTS, last_key("*")),
+            Binding(answers, EVENTS, answer_key(replica)),
+            Binding(pictures, EVENTS, picture_key("*", replica)),
+            Binding(pictures, EVENTS, last_key("*")),
         ),
     )

@@ -50,3 +50,30 @@ document.addEventListener("htmx:beforeSwap", (event) => {
   // What is pressed must not be replaced before it is released: the click would be lost.
   if (!event.detail.target.matches(".outlook") && event.detail.target.querySelector("button:active, a:active, details[open]")) event.detail.shouldSwap = false;
 });
+
+// Small pictures of running desktops: a new one replaces the old once it is there, so that nothing flickers.
+async function showScreen(image) {
+  try {
+    const response = await fetch(image.dataset.picture);
+    if (response.status !== 200) return;
+    const next = URL.createObjectURL(await response.blob());
+    if (image.src) URL.revokeObjectURL(image.src);
+    image.src = next;
+    image.hidden = false;
+  } catch {
+    // The page says elsewhere that the portal does not answer.
+  }
+}
+
+const SCREEN_MS = 6000;
+const SCREEN_SOON_MS = 1200; // what is asked for the first time is there a moment later
+
+function showScreens() {
+  if (document.visibilityState === "visible") document.querySelectorAll("img[data-picture]").forEach(showScreen);
+}
+
+if (document.querySelector("img[data-picture], [data-pictures]")) {
+  showScreens();
+  setTimeout(showScreens, SCREEN_SOON_MS);
+  setInterval(showScreens, SCREEN_MS);
+}

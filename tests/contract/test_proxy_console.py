@@ -101,6 +101,22 @@ def test_a_ticket_opens_its_desktop_once(fleet: ConsoleFleet, host: ConsoleHost,
     assert proxy.refusal(S, origin=None) == (403, "bad_origin")
 
 
+def test_what_a_person_types_is_told_to_the_host_and_what_the_page_says_by_itself_is_not(
+    fleet: ConsoleFleet, host: ConsoleHost, proxy: Proxy
+) -> None:
+    reach(fleet, host, proxy)
+    opening, wish, key = b"RFB 003.008\n\x01\x01", b"\x03\x01" + bytes(8), b"\x04\x01\x00\x00\x00\x00\x00a"
+    for sid, generation, said in ((S, 7, opening + wish * 3), (T, 8, opening + wish + key)):
+        with proxy.connect(sid, generation) as console:
+            assert console.recv(PATIENCE) == hello(sid, generation)
+            console.send(said)
+            echoed = b""
+            while len(echoed) < len(said):
+                echoed += console.recv(PATIENCE)
+            assert echoed == said
+    assert [path.name for path in host.inputs.iterdir()] == [T]
+
+
 def test_100_mib_go_out_and_come_back_byte_for_byte(fleet: ConsoleFleet, host: ConsoleHost, proxy: Proxy) -> None:
     """Through the proxy, mutual TLS and websockify, and back, both directions at once."""
     reach(fleet, host, proxy)

@@ -96,7 +96,9 @@ class Node(Process):
             gpus=lambda: self.seen,
         )
         incarnation = f"{self.host}-{self.lives}"
-        self.link = Link(self.host, bus, agent, lambda seq: self.describe(incarnation, seq), self.clock.monotonic)
+        self.link = Link(
+            self.host, bus, agent, lambda seq: self.describe(incarnation, seq), self.clock.monotonic, lambda _: None
+        )
         try:
             agent.recover()
         except JournalError:

@@ -133,8 +133,8 @@ class ConsoleHost:
 
     def __init__(self, name: str, folder: Path, authority: Authority | None, address: str = "127.0.0.1") -> None:
         self.name, self.folder, self.authority = name, folder / name, authority
-        self.run, self.nonces = self.folder / "run", self.folder / "nonces"
-        for made in (self.run, self.nonces):
+        self.run, self.nonces, self.inputs = self.folder / "run", self.folder / "nonces", self.folder / "inputs"
+        for made in (self.run, self.nonces, self.inputs):
             made.mkdir(parents=True)
         self.host, self.port = address, free_port()
         self.address = f"[{address}]:{self.port}" if ":" in address else f"{address}:{self.port}"
@@ -145,7 +145,7 @@ class ConsoleHost:
 
     def start(self, **options: Any) -> None:
         argv = [sys.executable, "-m", "deskfleet.agent.console", "--listen", self.address]
-        argv += ["--run-dir", str(self.run), "--nonce-dir", str(self.nonces)]
+        argv += ["--run-dir", str(self.run), "--nonce-dir", str(self.nonces), "--input-dir", str(self.inputs)]
         if self.authority:
             pair = self.authority.issue(self.name, "serverAuth")
             argv += ["--cert", pair.cert, "--key", pair.key, "--ca", self.authority.ca]

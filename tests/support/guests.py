@@ -29,6 +29,9 @@ from deskfleet.schemas.host import GuestReport, HostReport, Phase
 from deskfleet.schemas.machine import Machine, parse_machine
 from deskfleet.schemas.messages import (
     HostFence,
+    Message,
+    VmLook,
+    VmPicture,
     VmReport,
     VmStart,
     VmStop,
@@ -96,7 +99,8 @@ class Host:
         self.generation = 0
         self.service: Service
         self._broker = MemoryBroker(random.Random(1), SystemClock())
-        self._broker.declare(topology.core() + topology.for_host("h1"))
+        self._broker.declare(topology.core() + topology.for_host("h1") + topology.for_portal("w1"))
+        self.pictures: list[VmPicture] = []
 
     @property
     def run(self) -> Path:
@@ -125,11 +129,18 @@ class Host:
 
     def send(self, message: VmStart | VmStop | HostFence) -> None:
         """Give the agent a command."""
-        portal = self._broker.connect("scheduler", lambda action: action())
-        portal.start()
+        self._publish("scheduler", topology.host_queue("h1"), message)
+
+    def look(self, sid: str) -> None:
+        """Ask for a picture of a guest's screen, as a portal does."""
+        self._publish("portal", topology.look_queue("h1"), VmLook(sid, "w1"))
+
+    def _publish(self, login: str, queue: str, message: Message) -> None:
+        bus = self._broker.connect(login, lambda action: action())
+        bus.start()
         kind, body = encode(message)
-        portal.publish(Outgoing(topology.COMMANDS, topology.host_queue("h1"), kind, body)).result()
-        portal.stop()
+        bus.publish(Outgoing(topology.COMMANDS, queue, kind, body)).result()
+        bus.stop()
 
     def launch(self, sid: str, **changes: object) -> None:
         """Command a start under the next number."""
@@ -141,7 +152,7 @@ class Host:
         self.send(VmStop(sid, self.generation, Outcome.STOPPED, Reason.STOPPED_BY_USER))
 
     def _read(self) -> None:
-        for queue in (topology.SCHEDULER_REPORTS, topology.SCHEDULER_HEARTBEATS):
+        for queue in (topology.SCHEDULER_REPORTS, topology.SCHEDULER_HEARTBEATS, topology.pictures_queue("w1")):
             while self._broker.pending(queue):
                 pending = self._broker.drop(queue)
                 message = decode(pending.type, pending.body)
@@ -149,12 +160,14 @@ class Host:
                     self.reports.append(message.guest)
                 elif isinstance(message, HostReport):
                     self.heartbeats.append(message)
+                elif isinstance(message, VmPicture):
+                    self.pictures.append(message)
 
     async def until(self, condition: Callable[[], object], what: str) -> None:
         """Let the agent work until something holds."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            for queue in ("host.h1",):
+            for queue in (topology.host_queue("h1"), topology.look_queue("h1")):
                 self._broker.deliver_one(queue)
             self._read()
             if (self.heartbeats or self.reports) and condition():

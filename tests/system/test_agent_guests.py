@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import socket
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 from support.guests import Host, build_tiny, scenario, short_folder, with_options
 from support.rfb import Rfb, UnixStream
 from support.screen import TINY_TEXT, identity, read_identity, region_hash
@@ -115,6 +117,38 @@ def test_c42_a_viewer_who_comes_while_they_are_counted_is_counted(host: Host, mo
             await host.until(lambda: viewers(host, SID) == 1, "the viewer to be counted")
             came[0].close()
             await host.until(lambda: viewers(host, SID) == 0, "the viewer to be gone")
+
+    scenario(work)
+
+
+def test_a_screen_is_shown_while_it_runs_and_its_last_picture_when_it_ends_by_itself(host: Host) -> None:
+    async def work() -> None:
+        host.settings = replace(host.settings, picture_s=1.0)
+        async with await host.start():
+            for sid in (SID, OTHER):
+                host.launch(sid)
+            for sid in (SID, OTHER):
+                await host.phase(sid, Phase.RUNNING)
+                viewer = Rfb(UnixStream(host.run / sid / "vnc.sock"))
+                await host.until(lambda: read_identity(viewer.picture()) == identity(sid), "the guest's picture")  # noqa: B023
+                viewer.close()
+            host.look(SID)
+            await host.until(lambda: host.pictures, "a picture")
+            (shown,) = host.pictures
+            assert (shown.sid, shown.last) == (SID, False)
+            image = Image.open(io.BytesIO(shown.png))
+            assert image.size[0] <= 320 and len(image.convert("RGB").getcolors() or ()) > 2, (
+                "a screen with something on it"
+            )
+            assert not list((host.run / SID).glob("*.ppm"))
+
+            await asyncio.sleep(1.5)  # one is taken every second
+            qemu_of(SID).kill()
+            host.stop(OTHER)
+            await host.phase(SID, Phase.ENDED)
+            await host.phase(OTHER, Phase.ENDED)
+            await host.until(lambda: len(host.pictures) > 1, "the last picture")
+            assert [(picture.sid, picture.last) for picture in host.pictures[1:]] == [(SID, True)]
 
     scenario(work)
 

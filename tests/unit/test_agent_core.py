@@ -64,9 +64,13 @@ class Hypervisor:
         self.calls: list[tuple[str, str]] = []
         self.runs: set[str] = set()
         self.cpu: float | None = 0.0
+        self.touches = 0
 
     def cpu_s(self, _: str) -> float | None:
         return self.cpu
+
+    def touched(self, _: str) -> int:
+        return self.touches
 
     def launch(self, entry: Entry) -> None:
         self.calls.append(("launch", entry.sid))
@@ -322,22 +326,27 @@ def test_no_other_guest_and_no_earlier_one_is_let_run_longer(bench: Bench) -> No
     assert bench.reports == before and bench.agent.guests()[0].lifetime_s == 100
 
 
-def idle_after(bench: Bench, seconds: int, cpu_share: float) -> None:
-    for _ in range(seconds):
+def idle_after(bench: Bench, seconds: int, cpu_share: float, touch_every_s: int = 0) -> None:
+    for second in range(seconds):
         bench.now += 1
+        if touch_every_s and second % touch_every_s == 0:
+            bench.hypervisor.touches += 1
         if bench.hypervisor.cpu is not None:
             bench.hypervisor.cpu += cpu_share
         bench.agent.tick()
 
 
-def test_c42_a_guest_at_work_or_looked_at_is_not_idle(bench: Bench) -> None:
+def test_c42_a_guest_at_work_or_in_use_is_not_idle(bench: Bench) -> None:
     bench.run(persistent=True, idle_s=600, lifetime_s=10**6)
     idle_after(bench, 2000, cpu_share=0.5)
     assert bench.said[0] is Phase.RUNNING, "a job without a viewer"
     bench.agent.viewers(SID, 1)
-    idle_after(bench, 2000, cpu_share=0.0)
-    assert bench.said[0] is Phase.RUNNING, "somebody who reads"
-    bench.agent.viewers(SID, 0)
+    idle_after(bench, 2000, cpu_share=0.0, touch_every_s=500)
+    assert bench.said[0] is Phase.RUNNING, "somebody who reads, and scrolls now and then"
+    for count in (0, 1, 0):
+        bench.agent.viewers(SID, count)
+        idle_after(bench, 590, cpu_share=0.0)
+    assert bench.said[0] is Phase.RUNNING, "somebody who comes and goes"
     bench.hypervisor.cpu = None
     idle_after(bench, 2000, cpu_share=0.0)
     assert bench.said[0] is Phase.RUNNING, "nobody knows"
@@ -351,6 +360,13 @@ def test_a_guest_that_nobody_uses_and_that_does_nothing_ends_as_idle(bench: Benc
     idle_after(bench, 590, cpu_share=0.005)
     assert bench.said[0] is Phase.RUNNING
     idle_after(bench, 20, cpu_share=0.005)
+    assert bench.said == (Phase.STOPPING, Outcome.IDLE, Reason.IDLE)
+
+
+def test_a_window_that_was_left_open_keeps_nothing_alive(bench: Bench) -> None:
+    bench.run(persistent=True, idle_s=600, lifetime_s=10**6)
+    bench.agent.viewers(SID, 1)
+    idle_after(bench, 620, cpu_share=0.0)
     assert bench.said == (Phase.STOPPING, Outcome.IDLE, Reason.IDLE)
 
 

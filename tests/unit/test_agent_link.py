@@ -20,11 +20,14 @@ from deskfleet.schemas.messages import (
     HostFence,
     HostInventory,
     Message,
+    VmLook,
+    VmPicture,
 )
 from deskfleet.schemas.session import Outcome
-from deskfleet.schemas.wire import decode, encode
+from deskfleet.schemas.wire import decode, decode_as, encode
 
 S = "a" * 32
+PNG = b"\x89PNG\r\n\x1a\n" + bytes.fromhex("0000000d") + b"IHDR" + bytes.fromhex("0000000400000003")
 
 
 class FakeAgent:
@@ -50,9 +53,12 @@ class Stage:
         self.scheduler.start()
         self.truth = report(guests={S: (7, Phase.RUNNING)})
         self.agent = FakeAgent()
+        self.looks: list[VmLook] = []
         bus = self.broker.connect("agent-h1", lambda action: action())
         agent: Agent = self.agent  # type: ignore[assignment]
-        self.link = Link("h1", bus, agent, lambda seq: replace(self.truth, seq=seq), lambda: self.now)
+        self.link = Link(
+            "h1", bus, agent, lambda seq: replace(self.truth, seq=seq), lambda: self.now, self.looks.append
+        )
         self.link.start()
         self.broker.run()
 
@@ -71,9 +77,11 @@ class Stage:
         self.broker.run()
         return list(self.heard)
 
-    def command(self, message: Message) -> None:
+    def command(self, message: Message, sender: str = "scheduler", queue: str = topology.host_queue("h1")) -> None:
         kind, body = encode(message)
-        sent = self.scheduler.publish(Outgoing(topology.COMMANDS, topology.host_queue("h1"), kind, body))
+        bus = self.scheduler if sender == "scheduler" else self.broker.connect(sender, lambda action: action())
+        bus.start()
+        sent = bus.publish(Outgoing(topology.COMMANDS, queue, kind, body))
         self.broker.run()
         sent.result(0)
 
@@ -128,6 +136,45 @@ def test_each_connect_begins_with_a_full_one_also_when_nothing_changed(on: Stage
     assert isinstance(told, HostReport)
     assert told.seq == 3, "no number is used twice, also when nobody heard it"
     assert kinds(on.news(on.link.beat)) == [HostBeat]
+
+
+@pytest.mark.parametrize("sender", ["portal", "proxy", "agent-h2", "schedulerx"])
+def test_c42_only_the_scheduler_commands_a_host(on: Stage, sender: str) -> None:
+    on.command(HostFence("h1", 7), sender)
+    assert not on.agent.fences
+    assert len(on.broker.pending(topology.DEAD)) == 1, "it is kept for an administrator to see"
+    on.command(HostFence("h1", 7))
+    assert on.agent.fences == [HostFence("h1", 7)]
+
+
+def test_screens_are_shown_to_portals_alone(on: Stage) -> None:
+    look = topology.look_queue("h1")
+    for sender in ("agent-h2", "proxy", "scheduler"):
+        on.command(VmLook(S, "w1"), sender, look)
+    on.command(HostFence("h1", 7), "portal", look)
+    assert not on.looks and not on.agent.fences
+    on.command(VmLook(S, "w1"), "portal", look)
+    assert on.looks == [VmLook(S, "w1")]
+
+
+def test_a_picture_goes_to_the_portal_process_that_asked_and_a_last_one_to_all(on: Stage) -> None:
+    heard: dict[str, list[VmPicture]] = {"w1": [], "w2": []}
+    for replica, pictures in heard.items():
+        on.broker.declare(topology.for_portal(replica))
+        portal = on.broker.connect("portal", lambda action: action())
+
+        def hear(delivery: Delivery, into: list[VmPicture] = pictures) -> None:
+            assert delivery.sender == "agent-h1"
+            into.append(decode_as(VmPicture, delivery.type, delivery.body))
+            delivery.ack()
+
+        portal.consume(topology.pictures_queue(replica), hear)
+        portal.start()
+    on.link.show(S, PNG, "w1")
+    on.link.show("b" * 32, PNG)
+    on.broker.run()
+    last = VmPicture("h1", "b" * 32, PNG, last=True)
+    assert heard == {"w1": [VmPicture("h1", S, PNG, last=False), last], "w2": [last]}
 
 
 def test_all_but_what_beats_tell_is_in_the_digest() -> None:

@@ -231,7 +231,7 @@ def test_wrong_arguments_are_named(
     tmp_path: Path, arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(["--run-dir", str(tmp_path), "--nonce-dir", str(tmp_path), *arguments])
+        main([*(f"--{kind}-dir={tmp_path}" for kind in ("run", "nonce", "input")), *arguments])
     assert caught.value.code == 2
     assert problem in capsys.readouterr().err
 

@@ -44,6 +44,7 @@ class Stage:
             None,  # type: ignore[arg-type]  no command comes that it would take
             lambda seq: replace(self.truth, seq=seq),
             self.monotonic,
+            lambda _: None,
         )
 
     def monotonic(self) -> float:

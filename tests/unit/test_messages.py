@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
@@ -27,6 +29,8 @@ from deskfleet.schemas.messages import (
     SessionChanged,
     StopRequested,
     VmExtend,
+    VmLook,
+    VmPicture,
     VmReport,
     VmStart,
     VmStop,
@@ -65,6 +69,7 @@ START = VmStart(
     SID, 7, "zoë", "tiny", Os.LINUX, "a" * 64, Format.QCOW2, Video.VIRTIO, Firmware.BIOS, SIZE, GPU.functions,
     True, 3600, 60, 600,
 )  # fmt: skip
+PNG = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 320, 240)
 FORECAST = Forecast(
     Outlook.WAITS,
     "",
@@ -87,6 +92,8 @@ EXAMPLES: list[Message] = [
     VmExtend(SID, 7, 7200),
     HostFence("h1", 12),
     HostInventory("h1"),
+    VmLook(SID, "w1"),
+    VmPicture("h1", SID, PNG, last=False),
     VmReport("h1", GUEST),
     REPORT,
     HostBeat("h1", "i1", 5, 9, False, "[::1]:6080", 0.5, 4000, 400, "0" * 16),
@@ -214,3 +221,22 @@ def test_figures_that_cannot_be_true_together_are_told() -> None:
         replace(REPORT, gpus=(GPU, replace(GPU, address="0000:02:00.0"))),
     ):
         assert implausible(wrong)
+
+
+@pytest.mark.parametrize(
+    "png",
+    [
+        "",
+        "!!!",
+        7,
+        base64.b64encode(b"<svg onload=alert(1)>" + bytes(30)).decode(),
+        base64.b64encode(PNG[:20]).decode(),
+        base64.b64encode(PNG[:16] + struct.pack(">II", 321, 240)).decode(),
+        base64.b64encode(PNG[:16] + struct.pack(">II", 0, 240)).decode(),
+        base64.b64encode(PNG + bytes(64 * 1024)).decode(),
+    ],
+)
+def test_what_is_no_small_png_is_no_picture(png: object) -> None:
+    body = {"host": "h1", "sid": SID, "png": png, "last": True}
+    with pytest.raises(DecodeError):
+        decode("vm.picture.v1", json.dumps(body).encode())

@@ -39,6 +39,8 @@ ACCESS = {
     "pages.desktops": "person",
     "pages.desktops_part": "person",
     "pages.stop": "person",
+    "pages.picture": "person",
+    "pages.last": "person",
     "pages.extend": "person",
     "pages.desktop": "person",
     "admin.page": "admin",

@@ -6,6 +6,7 @@ import logging
 import smtplib
 import ssl
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from email import message_from_bytes
 from email.policy import SMTP
 from pathlib import Path
@@ -15,10 +16,12 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult, Envelope
 from marshmallow import ValidationError
+from sqlalchemy import select
 from support.consoles import Authority
 from support.portals import World, settings
 
-from deskfleet.portal.mail import Notices, sender_over
+from deskfleet.portal import tables
+from deskfleet.portal.mail import Notices, _Cause, sender_over
 from deskfleet.portal.services import Services
 from deskfleet.portal.settings import address_of
 from deskfleet.schemas.session import Event, Session, State
@@ -103,7 +106,7 @@ def world(tmp_path: Path, server: Server, authority: Authority) -> Iterator[Worl
 
 def waited(world: World, seconds: float = 90, sid: str = SID, user: str = "alice") -> Session:
     """A desktop that runs after a wait."""
-    session = world.session(sid, user, State.QUEUED)
+    session = world.session(sid, user, State.QUEUED, lifetime_s=10 * 24 * 3600)
     for event in (Event.PLACE, Event.ACCEPTED, Event.READY):
         session = step_at(world, session, event, seconds)
     return session
@@ -153,12 +156,8 @@ def test_a_claim_that_two_read_at_once_is_one_portals(world: World, server: Serv
 
 
 def open_rows(world: World) -> list[Any]:
-    from sqlalchemy import select
-
-    from deskfleet.portal import tables
-
     assert world.portal.notices is not None
-    world.portal.notices._enter(world.portal.notices._records.started_late(60, 3600))
+    world.portal.notices._enter([_Cause(SID, "alice", "desktop", "ready")])
     with world.portal.store.reading() as connection:
         return list(connection.execute(select(tables.notice)).mappings())
 
@@ -350,3 +349,78 @@ def test_a_fault_in_the_section_is_told_by_its_key(changes: dict[str, Any], fiel
     with pytest.raises(ValidationError) as caught:
         settings(mail=MAIL | changes)
     assert field in caught.value.messages["mail"]
+
+
+def ends_in(world: World, seconds: float, sid: str = SID, lifetime_s: int = 7200) -> None:
+    """A running desktop, so long before its end."""
+    if world.reader.session(sid) is None:
+        world.session(sid, "alice", lifetime_s=lifetime_s)
+    session = world.reader.session(sid)
+    assert session
+    world.clock.now += session.changed_at + session.lifetime_s - seconds - world.clock.wall()
+
+
+def subjects(server: Server) -> list[str]:
+    return [message_of(envelope)["Subject"] for envelope in server.got]
+
+
+def test_an_end_is_told_30_and_5_minutes_before_each_once(world: World, server: Server) -> None:
+    for left in (1900, 1790, 1700, 299, 200, 10):
+        ends_in(world, left)
+        world.portal.send_mails()
+    assert subjects(server) == [
+        "Your desktop ends in 30 min: Linux desktop",
+        "Your desktop ends in 5 min: Linux desktop",
+    ]
+    message = message_of(server.got[0])
+    assert "https://portal.example.org/desktops\r\n" in message.get_content()
+    assert message["Message-ID"] != message_of(server.got[1])["Message-ID"]
+
+
+def test_a_portal_that_was_off_tells_an_end_once_as_it_is_now(world: World, server: Server) -> None:
+    ends_in(world, 200)
+    world.portal.send_mails()
+    assert subjects(server) == ["Your desktop ends in 3 min: Linux desktop"]
+
+
+def test_who_let_it_last_longer_is_told_again_at_the_new_end(world: World, server: Server) -> None:
+    ends_in(world, 1790)
+    world.portal.send_mails()
+    before = world.reader.session(SID)
+    assert before
+    with world.writer.begin() as tx:
+        tx.save(before, replace(before, lifetime_s=before.lifetime_s + 3600), Event.EXTEND)
+    world.portal.send_mails()
+    ends_in(world, 1790)
+    world.portal.send_mails()
+    assert len(server.got) == 2
+
+
+def test_a_mail_that_could_not_be_sent_before_a_desktop_lasted_longer_is_needless(world: World, server: Server) -> None:
+    server.close()
+    ends_in(world, 1790)
+    world.portal.send_mails()
+    before = world.reader.session(SID)
+    assert before
+    with world.writer.begin() as tx:
+        tx.save(before, replace(before, lifetime_s=before.lifetime_s + 36000), Event.EXTEND)
+    world.clock.now += 200
+    world.portal.send_mails()
+    with world.portal.store.reading() as connection:
+        assert [row.state for row in connection.execute(select(tables.notice))] == ["needless"]
+
+
+@pytest.mark.parametrize(("lifetime_s", "left"), [(1800, 1700), (3000, 1700), (500, 200)])
+def test_what_lasts_hardly_longer_than_the_warning_is_not_warned_of(
+    world: World, server: Server, lifetime_s: int, left: float
+) -> None:
+    ends_in(world, left, lifetime_s=lifetime_s)
+    world.portal.send_mails()
+    assert not server.got
+
+
+def test_a_site_may_send_no_mails_before_an_end(world: World, server: Server, authority: Authority) -> None:
+    quiet = world.build(mail=MAIL | {"port": server.port, "ca": authority.ca, "mail_before_end": False})
+    ends_in(world, 200)
+    quiet.send_mails()
+    assert not server.got
