@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
+from deskfleet.agent import limits
 from deskfleet.agent.journal import Entry, Journal, JournalError
+from deskfleet.agent.limits import Watch
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu, GuestReport, Phase
 from deskfleet.schemas.messages import (
@@ -32,11 +34,6 @@ log = logging.getLogger(__name__)
 REMEMBER_S = 600.0
 REMEMBER_RUN_S = 24 * 3600.0
 REMEMBER = 500
-
-
-#: A guest that uses more than this share of one CPU, beyond a few seconds of housekeeping, is at work.
-BUSY_SHARE = 0.05
-BUSY_S = 5.0
 
 
 class Hypervisor(Protocol):
@@ -58,20 +55,11 @@ class Hypervisor(Protocol):
     def touched(self, sid: str) -> int:
         """A number that changes when a person types or points in a guest."""
 
+    def warn(self, entry: Entry, text: str) -> None:
+        """Show a text to the person in a guest, as far as the guest's own agent listens."""
+
     def clean(self, sid: str) -> None:
         """Remove every process, socket and file of a guest that has ended. Idempotent."""
-
-
-@dataclass(slots=True)
-class _Watch:
-    """What is known of a live guest in this life of the agent only."""
-
-    viewers: int = 0
-    seen: bool = False
-    empty_since: float | None = None
-    worked_at: float | None = None
-    cpu_s: float = 0.0
-    touched: int = 0
 
 
 class Agent:
@@ -96,7 +84,7 @@ class Agent:
         self._images = images
         self._gpus = gpus
         self._entries: dict[str, Entry] = {}
-        self._watch: dict[str, _Watch] = {}
+        self._watch: dict[str, Watch] = {}
         self.last_generation = 0
         #: True until the scheduler said, in this life of the agent, where the numbers are.
         self.fenced = True
@@ -118,7 +106,7 @@ class Agent:
             elif not entry.live:
                 self._hypervisor.clean(entry.sid)
             elif self._hypervisor.adopt(entry):
-                self._watch[entry.sid] = _Watch(empty_since=self._now())
+                self._watch[entry.sid] = Watch(empty_since=self._now())
                 if entry.phase is Phase.STOPPING:
                     self._hypervisor.shutdown(entry)
             elif entry.ran:
@@ -205,7 +193,7 @@ class Agent:
             # Nothing may run that the journal does not know. The refusal itself can only be kept in memory.
             self._save(self._tombstone(start, Outcome.FAILED, Reason.STATE_UNWRITABLE, str(error)))
             return
-        self._watch[start.sid] = _Watch()
+        self._watch[start.sid] = Watch()
         self._report(self._seen(entry))
         self._hypervisor.launch(entry)
 
@@ -266,7 +254,7 @@ class Agent:
         entry = self._entries.get(sid)
         if entry and entry.phase is Phase.STARTING:
             self._save(replace(entry, phase=Phase.RUNNING, ran=True, ready_at=self._now()))
-            self._watch.setdefault(sid, _Watch()).empty_since = self._now()
+            self._watch.setdefault(sid, Watch()).empty_since = self._now()
 
     def failed(self, sid: str, reason: Reason, detail: str) -> None:
         """The guest could not be started."""
@@ -299,12 +287,8 @@ class Agent:
     def viewers(self, sid: str, count: int) -> None:
         """How many consoles are open on a guest now."""
         watch = self._watch.get(sid)
-        if watch is None or watch.viewers == count:
-            return
-        watch.viewers = count
-        watch.worked_at = None
-        watch.seen = watch.seen or count > 0
-        watch.empty_since = None if count else self._now()
+        if watch:
+            limits.count_viewers(watch, count, self._now())
 
     # --- time -----------------------------------------------------------------------------------------------
 
@@ -313,9 +297,7 @@ class Agent:
         now = self._now()
         for entry in list(self._entries.values()):
             if entry.phase is Phase.RUNNING and entry.start:
-                due = self._due(entry, entry.start, now)
-                if due:
-                    self._begin_stop(entry, *due)
+                self._apply_limits(entry, entry.start, now)
         ended = sorted((e for e in self._entries.values() if not e.live), key=lambda e: e.ended_at)
         old = [e for e in ended if now - e.ended_at > (REMEMBER_RUN_S if e.ran else REMEMBER_S)]
         old = old or ended[: max(0, len(ended) - REMEMBER)]
@@ -328,30 +310,16 @@ class Agent:
             except JournalError as error:
                 log.error("%s", error)
 
-    def _due(self, entry: Entry, start: VmStart, now: float) -> tuple[Outcome, Reason] | None:
-        if now - entry.ready_at >= start.lifetime_s:
-            return Outcome.EXPIRED, Reason.EXPIRED
-        watch = self._watch[entry.sid]
-        if start.idle_s and self._idle_for(entry.sid, watch, now) >= start.idle_s:
-            return Outcome.IDLE, Reason.IDLE
-        if start.persistent or watch.empty_since is None:
-            return None
-        if watch.seen and now - watch.empty_since >= start.grace_s:
-            return Outcome.DISCONNECTED, Reason.DISCONNECTED
-        if not watch.seen and now - watch.empty_since >= start.connect_s:
-            return Outcome.DISCONNECTED, Reason.NEVER_CONNECTED
-        return None
-
-    def _idle_for(self, sid: str, watch: _Watch, now: float) -> float:
-        """For how many seconds nobody came, went, typed or pointed, and the guest has hardly computed: a job that runs
-        without a viewer is not idle, and a window left open over night is. A guest whose work can't be told counts as
-        working."""
-        used, touched = self._hypervisor.cpu_s(sid), self._hypervisor.touched(sid)
-        if watch.worked_at is None or touched != watch.touched or used is None:
-            watch.worked_at, watch.cpu_s, watch.touched = now, used or 0.0, touched
-        elif used - watch.cpu_s > BUSY_SHARE * (now - watch.worked_at) + BUSY_S:
-            watch.worked_at, watch.cpu_s = now, used
-        return now - watch.worked_at
+    def _apply_limits(self, entry: Entry, start: VmStart, now: float) -> None:
+        watch, left_s = self._watch[entry.sid], entry.ready_at + start.lifetime_s - now
+        if start.idle_s:
+            limits.notice_use(watch, self._hypervisor.cpu_s(entry.sid), self._hypervisor.touched(entry.sid), now)
+        due = limits.due(start, watch, left_s, now)
+        if due:
+            self._begin_stop(entry, *due)
+            return
+        for text in limits.warnings(start, watch, left_s, now):
+            self._hypervisor.warn(entry, text)
 
 
 def _refused(start: VmStart, reason: Reason) -> GuestReport:

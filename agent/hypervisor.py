@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from deskfleet.agent import argv as build
 from deskfleet.agent import devices
+from deskfleet.agent.guest_agent import GuestAgent, GuestAgentError, guest_agent
 from deskfleet.agent.images import DiskError, Disks, ImageIndex
 from deskfleet.agent.journal import Entry
 from deskfleet.agent.lending import GpuLending
@@ -22,6 +23,7 @@ from deskfleet.agent.qmp import Monitor, MonitorError, monitor
 from deskfleet.agent.starter import Config, LaunchError, Starter, last_words
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Phase
+from deskfleet.schemas.machine import Os
 from deskfleet.schemas.messages import VmStart
 
 log = logging.getLogger(__name__)
@@ -52,6 +54,7 @@ class _Guest:
     gpu: tuple[str, ...] = ()
     returning: asyncio.Task[None] | None = None
     monitor: Monitor | None = None
+    inside: GuestAgent | None = None
 
 
 class QemuHypervisor:
@@ -153,8 +156,8 @@ class QemuHypervisor:
         """Follow who is connected, for as long as the guest runs. Holds the guest agent's channel open."""
         while not guest.ended.is_set():
             try:
-                async with self._guest_agent(guest), monitor(guest.paths.qmp) as qemu:
-                    guest.monitor = qemu
+                async with guest_agent(guest.paths.guest_agent) as inside, monitor(guest.paths.qmp) as qemu:
+                    guest.monitor, guest.inside = qemu, inside
                     with qemu.events("VNC_CONNECTED", "VNC_INITIALIZED", "VNC_DISCONNECTED") as events:
                         await self._count(sid, qemu)
                         async for _ in events:
@@ -162,7 +165,7 @@ class QemuHypervisor:
             except MonitorError as error:
                 log.info("%s: %s", sid, error)
             finally:
-                guest.monitor = None
+                guest.monitor = guest.inside = None
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(guest.ended.wait(), 1.0)
 
@@ -182,17 +185,17 @@ class QemuHypervisor:
         await guest.monitor.command("screendump", {"filename": str(path), "format": "ppm"})
         return path
 
-    @contextlib.asynccontextmanager
-    async def _guest_agent(self, guest: _Guest) -> Any:
-        writer = None
-        if guest.paths.guest_agent.exists():
-            with contextlib.suppress(OSError):
-                _, writer = await asyncio.open_unix_connection(str(guest.paths.guest_agent))
+    def warn(self, entry: Entry, text: str) -> None:
+        """Show a text to the person in a guest, as far as the guest's own agent listens."""
+        guest = self._guests.get(entry.sid)
+        if guest and guest.inside and entry.start:
+            self._task(guest, self._warn(entry.sid, guest.inside, entry.start.os, text))
+
+    async def _warn(self, sid: str, inside: GuestAgent, system: Os, text: str) -> None:
         try:
-            yield
-        finally:
-            if writer:
-                await _close(writer)
+            await inside.show(text, system)
+        except GuestAgentError as error:
+            log.info("%s was not warned: %s", sid, error)
 
     # --- end ------------------------------------------------------------------------------------------------
 

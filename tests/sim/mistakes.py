@@ -179,12 +179,8 @@ MISTAKES: dict[str, tuple[Patch, ...]] = {
     "a restarted agent ends its guests": (
         patch("agent.core:Agent.recover", ("elif self._hypervisor.adopt(entry):", "elif False:")),
     ),
-    "a lifetime has no end": (
-        patch("agent.core:Agent._due", ("if now - entry.ready_at >= start.lifetime_s:", "if False:")),
-    ),
-    "the grace runs while somebody looks": (
-        patch("agent.core:Agent.viewers", ("None if count else self._now()", "self._now()")),
-    ),
+    "a lifetime has no end": (patch("agent.limits:due", ("if left_s <= 0:", "if False:")),),
+    "the grace runs while somebody looks": (patch("agent.limits:count_viewers", ("None if count else now", "now")),),
     "an end is told before it is cleaned up": (
         patch(
             "agent.core:Agent._end",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -20,6 +21,9 @@ from PIL import Image
 from support import screen
 from support.qmp import Qmp, running, wait_for
 from support.rfb import Rfb, UnixStream
+
+from deskfleet.agent.guest_agent import guest_agent
+from deskfleet.schemas.machine import Os
 
 ROOT = Path(__file__).resolve().parents[2]
 SID = "0f3a9c21-77e4-4b1d-9c55-2f6f0a1b7c3d"
@@ -253,6 +257,13 @@ def desktop_size(width: int, height: int) -> bytes:
     return encodings + struct.pack("!BxHHBxIHHHHI", 251, width, height, 1, 0, 0, 0, width, height, 0)
 
 
+async def tell(channel: Path, text: str) -> None:
+    """Show a text as the host's agent does."""
+    async with guest_agent(channel) as inside:
+        assert inside
+        await inside.show(text, Os.LINUX)
+
+
 AMBER = (255, 183, 3)
 PANEL = (24, 36, 47)
 
@@ -323,6 +334,12 @@ def test_the_desktop(tmp_path: Path) -> None:
         current = "runuser -u user -- env DISPLAY=:0 xrandr --current"
         wait_for(lambda: "current 1100 x 640" in agent.shell(current), "the new size", SLOW, 1)
         stream.close()
+
+        agent.close()
+        asyncio.run(tell(tmp_path / "agent.sock", "This desktop ends in 5 min. Save your work."))
+        with closing(GuestAgent(tmp_path / "agent.sock")) as again:
+            shown = "pgrep -u user -a xmessage"
+            wait_for(lambda: "ends in 5 min" in again.shell(shown), "the warning on the screen", SLOW, 1)
 
         qmp.execute("system_powerdown")
         assert qmp.wait_event("SHUTDOWN")["data"]["reason"] == "guest-shutdown"

@@ -65,12 +65,16 @@ class Hypervisor:
         self.runs: set[str] = set()
         self.cpu: float | None = 0.0
         self.touches = 0
+        self.said: list[str] = []
 
     def cpu_s(self, _: str) -> float | None:
         return self.cpu
 
     def touched(self, _: str) -> int:
         return self.touches
+
+    def warn(self, entry: Entry, text: str) -> None:
+        self.said.append(text)
 
     def launch(self, entry: Entry) -> None:
         self.calls.append(("launch", entry.sid))
@@ -368,6 +372,43 @@ def test_a_window_that_was_left_open_keeps_nothing_alive(bench: Bench) -> None:
     bench.agent.viewers(SID, 1)
     idle_after(bench, 620, cpu_share=0.0)
     assert bench.said == (Phase.STOPPING, Outcome.IDLE, Reason.IDLE)
+
+
+def told(bench: Bench, seconds: float, extend_to: int = 0) -> list[str]:
+    """What the person in the guest is told as time passes, looked at every ten seconds."""
+    bench.hypervisor.said.clear()
+    if extend_to:
+        bench.agent.extend(VmExtend(SID, 7, extend_to))
+    for _ in range(int(seconds // 10)):
+        bench.now += 10
+        bench.agent.tick()
+    return list(bench.hypervisor.said)
+
+
+def test_a_person_is_told_30_and_5_minutes_before_the_end_in_the_guest_too(bench: Bench) -> None:
+    bench.run(persistent=True, lifetime_s=7200, generation=7)
+    ends = "This desktop ends in {} min. Save your work."
+    assert told(bench, 5390) == []
+    assert told(bench, 300) == [ends.format(30)]
+    assert told(bench, 300, extend_to=10800) == [], "there is time again"
+    assert told(bench, 4820) == [ends.format(30), ends.format(5)]
+    assert bench.said == (Phase.STOPPING, Outcome.EXPIRED, Reason.EXPIRED)
+
+
+def test_a_short_life_is_not_full_of_warnings(bench: Bench) -> None:
+    bench.run(persistent=True, lifetime_s=1200)
+    assert told(bench, 1190) == ["This desktop ends in 5 min. Save your work."]
+
+
+def test_an_idle_guest_is_told_before_it_ends_and_again_when_it_is_idle_again(bench: Bench) -> None:
+    bench.run(persistent=True, lifetime_s=10**6, idle_s=1200)
+    idle = "Nobody uses this desktop. It ends in 5 min, unless somebody does."
+    assert told(bench, 950) == [idle]
+    bench.hypervisor.touches += 1
+    assert told(bench, 800) == []
+    assert told(bench, 300) == [idle]
+    bench.agent.viewers(SID, 1)
+    assert told(bench, 800) == []
 
 
 def test_a_guest_tells_how_much_of_its_lifetime_is_left_while_it_runs(bench: Bench) -> None:
