@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -24,32 +25,22 @@ log = logging.getLogger(__name__)
 #: How long a card may take to reset. Most need a tenth of a second; the kernel itself gives up after a minute.
 RESET_S = 15.0
 
-Reset = Callable[[Path], Awaitable[str]]
+Reset = Callable[[Gpu, Path], Awaitable[str]]
 
 
-async def reset(file: Path) -> str:
-    """Reset a function by its `reset` file; what went wrong, empty when nothing did.
-
-    The write is a program's of its own: one that hangs in the kernel can't be ended, and must hold up nobody.
-    """
-    process = await asyncio.create_subprocess_exec(
-        "sh",
-        "-c",
-        'echo 1 >"$1"',
-        "sh",
-        str(file),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
+async def reset(gpu: Gpu, dev: Path) -> str:
+    """Reset a card; what went wrong, empty when nothing did. A reset that hangs in the kernel holds up nobody."""
+    words = [sys.executable, "-m", "deskfleet.agent.vfio", str(dev), str(gpu.group), *gpu.functions]
+    pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    process = await asyncio.create_subprocess_exec(*words, stdin=null, stdout=pipe, stderr=asyncio.subprocess.STDOUT)
     try:
-        _, said = await asyncio.wait_for(process.communicate(), RESET_S)
+        said, _ = await asyncio.wait_for(process.communicate(), RESET_S)
     except TimeoutError:
         with contextlib.suppress(ProcessLookupError, TimeoutError):
             process.kill()
             await asyncio.wait_for(process.wait(), 1.0)
         return f"does not come back from a reset within {RESET_S:g} s"
-    return f"can't be reset: {said.decode(errors='replace').strip()}" if process.returncode else ""
+    return said.decode(errors="replace").strip()[-300:] or "can't be reset" if process.returncode else ""
 
 
 def driven() -> set[str]:
@@ -151,7 +142,7 @@ class GpuLending:
             return  # by a stranger, or by a guest that is just being killed: a later look sees
         self._checking.add(gpu.functions)
         try:
-            problem = await self._look(gpu) or await self._reset_all(gpu) or await self._look(gpu)
+            problem = await self._look(gpu) or await self._reset(gpu, self._dev) or await self._look(gpu)
             if problem:
                 await self._keep(Record(gpu, problem, self._boot_id))
             else:
@@ -164,15 +155,6 @@ class GpuLending:
         return await asyncio.to_thread(
             lambda: fault([look(each, gpu.functions, self._sysfs, self._dev) for each in gpu.functions], gpu.group)
         )
-
-    async def _reset_all(self, gpu: Gpu) -> str:
-        for function in gpu.functions:
-            file = self._sysfs / "bus/pci/devices" / function / "reset"
-            if file.exists():
-                problem = await self._reset(file)
-                if problem:
-                    return f"{function} {problem}"
-        return ""
 
     async def _keep(self, record: Record) -> None:
         log.error("GPU %s goes into quarantine: %s", record.gpu.address, record.problem)

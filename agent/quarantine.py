@@ -6,7 +6,7 @@ administrator removes it (`deskfleet-agent gpu release`) or the host has been re
 it is looked at anew before it is offered.
 
 sysfs facts (kernel documentation, ABI/testing/sysfs-bus-pci): `config` begins with the vendor id, in which a card
-that does not answer reads as 0xffff (PCI Local Bus Specification 3.0, 6.1); a 1 written to `reset` resets the function.
+that does not answer reads as 0xffff (PCI Local Bus Specification 3.0, 6.1).
 """
 
 from __future__ import annotations

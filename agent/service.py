@@ -23,7 +23,7 @@ from deskfleet.agent.facts import boot_id, read_facts
 from deskfleet.agent.hypervisor import QemuHypervisor
 from deskfleet.agent.images import Disks, ImageIndex
 from deskfleet.agent.journal import FileJournal
-from deskfleet.agent.lending import GpuLending
+from deskfleet.agent.lending import GpuLending, Reset, reset
 from deskfleet.agent.link import Link
 from deskfleet.agent.pictures import Pictures
 from deskfleet.agent.processes import Spawn, spawn
@@ -78,6 +78,7 @@ class Service:
         spawn: Spawn = spawn,
         sysfs: Path = Path("/sys"),
         dev: Path = Path("/dev"),
+        reset: Reset = reset,
     ) -> None:
         self._settings = settings
         self._accel = accel
@@ -109,7 +110,7 @@ class Service:
         )
         self.lending = GpuLending(
             state / QUARANTINE, self._boot_id, settings.gpu_names, sysfs=sysfs, dev=dev,
-            changed=lambda: self.link.beat(),  # noqa: PLW0108  link comes later
+            changed=lambda: self.link.beat(), reset=reset,  # noqa: PLW0108  link comes later
         )  # fmt: skip
         disks = Disks(state / "disks", state / "templates")
         self.hypervisor = QemuHypervisor(config, self._images, disks, spawn, self.lending)

@@ -17,6 +17,7 @@ from typing import Any
 from demo.broker import free_port
 
 from deskfleet.agent.accel import choose
+from deskfleet.agent.lending import Reset, reset
 from deskfleet.agent.processes import Spawn, spawn
 from deskfleet.agent.service import Service
 from deskfleet.agent.settings import AgentSchema
@@ -114,11 +115,19 @@ class Host:
         await self._task
         self.service.purge()
 
-    async def start(self, spawner: Spawn = spawn, sysfs: Path = Path("/sys"), dev: Path = Path("/dev")) -> Host:
+    async def start(
+        self,
+        spawner: Spawn = spawn,
+        sysfs: Path = Path("/sys"),
+        dev: Path = Path("/dev"),
+        reset: Reset = reset,
+    ) -> Host:
         """Start the agent."""
         loop = asyncio.get_running_loop()
         bus = self._broker.connect("agent-h1", lambda action: loop.call_soon(action) and None)
-        self.service = Service(self.settings, choose(), bus, SystemClock(), "test", spawn=spawner, sysfs=sysfs, dev=dev)
+        self.service = Service(
+            self.settings, choose(), bus, SystemClock(), "test", spawn=spawner, sysfs=sysfs, dev=dev, reset=reset
+        )
         self.service.recover()
         self._stop = asyncio.Event()
         self._task = asyncio.create_task(self.service.run(self._stop))

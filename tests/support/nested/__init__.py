@@ -1,0 +1,1 @@
+"""What runs inside the outer guest of the passthrough test; nested_gpu.py packs it."""
