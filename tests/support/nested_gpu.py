@@ -63,9 +63,11 @@ print(json.dumps({name: [module.__file__, hasattr(module, "__path__")] for name,
 
 def kernel() -> Path:
     """The folder of Debian's kernel package, unpacked; downloaded when there is none yet, or a newer one."""
-    listed = _run("apt-cache", "depends", PACKAGE)
-    package = re.search(r"Depends: (linux-image-\S+)", listed)
-    assert package, f"apt knows no {PACKAGE}: run apt-get update"
+    package = _named()
+    if not package:
+        _run("apt-get", "update", "-q")
+        package = _named()
+    assert package, f"apt knows no {PACKAGE}"
     tree = CACHE / package[1]
     if not tree.is_dir():
         fresh = CACHE / "fresh"
@@ -78,6 +80,12 @@ def kernel() -> Path:
         _run("depmod", "-b", str(fresh / "tree"), modules.name)
         (fresh / "tree").rename(tree)
     return tree
+
+
+def _named() -> re.Match[str] | None:
+    """The package that Debian's name for its newest kernel stands for."""
+    listed = subprocess.run(["apt-cache", "depends", PACKAGE], check=False, capture_output=True, text=True).stdout
+    return re.search(r"Depends: (linux-image-\S+)", listed)
 
 
 def _run(*argv: str) -> str:
