@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
+from deskfleet.agent.devices import HUGE_PAGE_MIB
 from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.messages import VmStart
 
@@ -93,9 +94,17 @@ def mac_of(sid: str) -> str:
 
 
 def qemu(
-    start: VmStart, paths: Paths, *, accel: str, network_fd: int | None, binary: str = "qemu-system-x86_64"
+    start: VmStart,
+    paths: Paths,
+    *,
+    accel: str,
+    network_fd: int | None,
+    huge: bool = False,
+    roms: Mapping[str, str] | None = None,
+    binary: str = "qemu-system-x86_64",
 ) -> list[str]:
-    """qemu's argument list. `network_fd` is qemu's end of the socket pair to passt, None for no network."""
+    """qemu's argument list. `network_fd` is qemu's end of the socket pair to passt, None for no network; `huge` takes
+    the memory from huge pages; `roms` are files for functions of the GPU, by address, and "" hides a function's own."""
     want = start.resources
     return [
         binary,
@@ -113,10 +122,7 @@ def qemu(
         _cpu(start.os, accel),
         "-smp",
         f"cpus={want.cpus}",
-        "-m",
-        f"size={want.memory_mib}M",
-        "-object",
-        f"memory-backend-ram,id=ram,size={want.memory_mib}M",
+        *_memory(want.memory_mib, huge=huge),
         "-machine",
         f"{MACHINE_TYPE},memory-backend=ram",
         "-rtc",
@@ -140,7 +146,7 @@ def qemu(
         *_disks(start, paths),
         *_devices(start, paths),
         *_network(start, network_fd),
-        *_gpus(start),
+        *_gpus(start, roms or {}),
     ]
 
 
@@ -153,6 +159,18 @@ def _cpu(system: Os, accel: str) -> str:
     if accel != "kvm":
         return "max"
     return f"host,{_HYPERV}" if system is Os.WINDOWS else "host"
+
+
+def memory_mib(wanted: int, *, huge: bool) -> int:
+    """How much memory a guest gets that wants so much: huge pages are given whole."""
+    return -(-wanted // HUGE_PAGE_MIB) * HUGE_PAGE_MIB if huge else wanted
+
+
+def _memory(wanted: int, *, huge: bool) -> list[str]:
+    # Pages of a memfd are promised when it is mapped, so a guest that lacks some fails at its start and never later.
+    kind = f"memory-backend-memfd,hugetlb=on,hugetlbsize={HUGE_PAGE_MIB}M" if huge else "memory-backend-ram"
+    size = memory_mib(wanted, huge=huge)
+    return ["-m", f"size={size}M", "-object", f"{kind},id=ram,size={size}M"]
 
 
 def _blockdev(**options: object) -> list[str]:
@@ -234,14 +252,19 @@ def _network(start: VmStart, network_fd: int | None) -> list[str]:
     ]
 
 
-def _gpus(start: VmStart) -> list[str]:
-    """Every function of the group behind one root port, as on the card that they came from."""
+def _gpus(start: VmStart, roms: Mapping[str, str]) -> list[str]:
+    """Every function of the group behind one root port, as on the card that they came from.
+
+    Never the first display (x-vga): people see the virtual one, and the card computes.
+    """
     if not start.gpu_addresses:
         return []
     arguments = ["-device", "pcie-root-port,id=gpu,chassis=1"]
     for number, address in enumerate(start.gpu_addresses):
         first = ",multifunction=on" if number == 0 else ""
-        arguments += ["-device", f"{_VFIO}{address},bus=gpu,addr=0x0.0x{number:x}{first}"]
+        rom = roms.get(address)
+        last = "" if rom is None else f",romfile={plain(Path(rom))}" if rom else ",rombar=0"
+        arguments += ["-device", f"{_VFIO}{address},bus=gpu,addr=0x0.0x{number:x}{first}{last}"]
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""The devices of this host that guests are lent: KVM, and the VFIO groups of their GPUs.
+"""What this host lends to guests: KVM, the VFIO groups of their GPUs with the ROMs of those, and huge pages.
 
 Guests run as user ids that own nothing. KVM's device is opened by its group, which their qemu gets as its only
 supplementary one. A VFIO group belongs to the guest that holds it for as long as it runs, and to root before and
@@ -10,8 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
+
+#: MiB in a huge page of x86-64, whatever larger ones there are besides.
+HUGE_PAGE_MIB = 2
+HUGE_PAGES = Path("kernel/mm/hugepages/hugepages-2048kB")
 
 
 def kvm_groups(dev: Path = Path("/dev")) -> tuple[int, ...]:
@@ -32,6 +36,38 @@ def vfio_nodes(addresses: Iterable[str], sysfs: Path = Path("/sys"), dev: Path =
     """
     groups = {(sysfs / "bus/pci/devices" / address / "iommu_group").readlink().name for address in addresses}
     return tuple(dev / "vfio" / group for group in sorted(groups))
+
+
+def roms(addresses: Iterable[str], settings: Mapping[str, str], sysfs: Path = Path("/sys")) -> dict[str, str]:
+    """The ROM file that each of these functions is to have, "" for none at all; only those that the settings name, by
+    address or by vendor:device.
+
+    Raises:
+        OSError: a file is missing, can't be read by everybody (guests' qemu must), or is no expansion ROM.
+    """
+    found = {}
+    for address in addresses:
+        device = sysfs / "bus/pci/devices" / address
+        ids = ":".join((device / name).read_text().strip().removeprefix("0x") for name in ("vendor", "device"))
+        rom = settings.get(address, settings.get(ids))
+        if rom:
+            with Path(rom).open("rb") as file:
+                if not os.fstat(file.fileno()).st_mode & stat.S_IROTH:
+                    raise OSError(errno.EACCES, "not readable by everybody", rom)
+                if file.read(2) != b"\x55\xaa":  # PCI Firmware Specification 3.0, 5.1.1
+                    raise OSError(errno.ENOEXEC, "not an expansion ROM", rom)
+        if rom is not None:
+            found[address] = rom
+    return found
+
+
+def free_huge_pages(sysfs: Path = Path("/sys")) -> int:
+    """How many huge pages are neither used nor promised (kernel: admin-guide/mm/hugetlbpage); 0 when there are none."""
+    try:
+        free, reserved = (int((sysfs / HUGE_PAGES / f"{name}_hugepages").read_text()) for name in ("free", "resv"))
+    except (OSError, ValueError):
+        return 0
+    return max(0, free - reserved)
 
 
 def lend(nodes: Iterable[Path], uid: int) -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from deskfleet.agent.devices import HUGE_PAGE_MIB, HUGE_PAGES, free_huge_pages
 from deskfleet.agent.settings import AgentSettings
 from deskfleet.schemas.host import Gpu
 
@@ -103,13 +104,47 @@ def _gpus(machine: Machine) -> list[Finding]:
         if gpu.offered:
             found += _good(name, f"{gpu.model}, group {gpu.group}, offered")
         else:
-            advice = "Bind every function of the group to vfio-pci, or leave it to the host on purpose"
+            advice = 'See "GPUs" in docs/operations.md, or leave it to the host on purpose'
             found.append(Finding(name, Level.WARN, f"{gpu.model} is not offered: {gpu.problem}", advice))
     limit = machine.memlock()
     if any(gpu.offered for gpu in machine.gpus()) and limit is not None and limit < 8 * _GIB:
         advice = "A guest with a GPU locks all its memory: set LimitMEMLOCK=infinity in the agent's unit"
         found.append(Finding("memlock", Level.BAD, f"only {limit >> 20} MiB may be locked", advice))
     return found
+
+
+def _huge_pages(machine: Machine) -> list[Finding]:
+    whose = {"gpu": "guests with a GPU", "all": "guests"}.get(machine.settings.hugepages)
+    if whose is None:
+        return _good("huge pages", "not used for guests, as it is set")
+    sysfs = machine.root / "sys"
+    free = free_huge_pages(sysfs)
+    if not free:
+        advice = f'Set nr_hugepages in {sysfs / HUGE_PAGES} at boot, or hugepages = "off"'
+        return [Finding("huge pages", Level.BAD, f"none is free, so {whose} can't start", advice)]
+    return _good("huge pages", f"{free * HUGE_PAGE_MIB} MiB free for {whose}")
+
+
+def _vgpus(machine: Machine) -> list[Finding]:
+    """Slices of GPUs that a driver offers (kernel: driver-api/vfio-mediated-device)."""
+    found = []
+    for parent in sorted((machine.root / "sys/class/mdev_bus").glob("*/mdev_supported_types")):
+        kinds = []
+        for kind in sorted(parent.iterdir()):
+            name, left, api = (_line(kind / file) for file in ("name", "available_instances", "device_api"))
+            kinds.append(f"{name or kind.name} ({left or '?'} left, {api or 'unknown interface'})")
+        if kinds:
+            text = f"{', '.join(kinds[:8])}{' and more' if len(kinds) > 8 else ''}: listed, not offered yet"
+            advice = "To give the whole card to one guest, bind it to vfio-pci"
+            found.append(Finding(f"vgpu {parent.parent.name}", Level.WARN, text, advice))
+    return found
+
+
+def _line(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace").strip()[:80]
+    except OSError:
+        return ""
 
 
 def _qemu(machine: Machine) -> list[Finding]:
@@ -231,7 +266,7 @@ def _uids(machine: Machine) -> list[Finding]:
 
 
 LOOKS: tuple[Callable[[Machine], list[Finding]], ...] = (
-    _kvm, _nesting, _qemu, _iommu, _gpus, _network, _uids, _disk, _clock, _broker, _tls, _ports,
+    _kvm, _nesting, _qemu, _iommu, _gpus, _huge_pages, _vgpus, _network, _uids, _disk, _clock, _broker, _tls, _ports,
 )  # fmt: skip
 
 

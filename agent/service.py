@@ -104,6 +104,8 @@ class Service:
             groups=kvm_groups() if accel.name == "kvm" else (),
             sysfs=sysfs,
             dev=dev,
+            hugepages=settings.hugepages,
+            gpu_roms=settings.gpu_roms,
             inputs=inputs,
             ready_s=settings.ready_s,
             powerdown_s=settings.powerdown_s,

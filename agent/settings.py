@@ -11,7 +11,7 @@ from marshmallow import RAISE, Schema, ValidationError, fields, post_load, valid
 from deskfleet.runtime.secret import Secret
 from deskfleet.runtime.settings import SecretField
 from deskfleet.schemas.host import HOST
-from deskfleet.schemas.messages import ADDRESS
+from deskfleet.schemas.messages import ADDRESS, PCI_ADDRESS
 
 #: A unix socket's path has 107 bytes; this much is ours after the run folder: /<sid>/rescue.sock
 _LONGEST_RUN = 107 - len("/" + 32 * "x" + "/rescue.sock")
@@ -36,6 +36,8 @@ class AgentSettings:
     offer_cpus: int
     offer_memory_mib: int
     gpu_names: dict[str, str]
+    gpu_roms: dict[str, str]
+    hugepages: str
     ready_s: float
     powerdown_s: float
     heartbeat_s: float
@@ -66,6 +68,12 @@ class AgentSchema(Schema):
     offer_cpus = fields.Int(load_default=0, validate=validate.Range(0, 65_536))
     offer_memory_mib = fields.Int(load_default=0, validate=validate.Range(0))
     gpu_names = fields.Dict(fields.Str(), fields.Str(validate=validate.Length(1, 128)), load_default=dict)
+    gpu_roms = fields.Dict(
+        fields.Str(validate=validate.Regexp(rf"\A({PCI_ADDRESS.pattern}|[0-9a-f]{{4}}:[0-9a-f]{{4}})\Z")),
+        fields.Str(validate=validate.Regexp(r"\A(/.+)?\Z")),
+        load_default=dict,
+    )
+    hugepages = fields.Str(load_default="off", validate=validate.OneOf(["off", "gpu", "all"]))
     ready_s = fields.Float(load_default=30.0, validate=validate.Range(1, 600))
     powerdown_s = fields.Float(load_default=10.0, validate=validate.Range(0, 600))
     heartbeat_s = fields.Float(load_default=5.0, validate=validate.Range(0.5, 60))

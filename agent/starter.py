@@ -7,7 +7,8 @@ import contextlib
 import os
 import shutil
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deskfleet.agent import argv as build
@@ -35,7 +36,8 @@ class Config:
     """How guests run here; times in seconds. `uids` is the range of user ids that guests get, one each; None lets
     them run as the agent's own user (for an agent that is not root). `groups` are what their qemu may belong to
     besides, `network` is passt or none, `sysfs` and `dev` are where devices are found, `inputs` is where
-    the console bridge tells of input."""
+    the console bridge tells of input, `hugepages` says whose memory is made of them ("off", "gpu", "all"), `gpu_roms`
+    which ROM files GPUs get, by PCI address or ids."""
 
     run: Path
     accel: str
@@ -45,6 +47,8 @@ class Config:
     sysfs: Path = Path("/sys")
     dev: Path = Path("/dev")
     inputs: Path | None = None
+    hugepages: str = "off"
+    gpu_roms: Mapping[str, str] = field(default_factory=dict)
     ready_s: float = 30.0
     powerdown_s: float = 10.0
     quit_s: float = 5.0
@@ -113,27 +117,45 @@ class Starter:
                 ends.enter_context(theirs)
                 network = ours.fileno()
                 self._start_passt(paths.run / "passt.log", theirs.fileno(), uid)
-            line = build.qemu(start, paths, accel=self._config.accel, network_fd=network)
+            line = build.qemu(
+                start,
+                paths,
+                accel=self._config.accel,
+                network_fd=network,
+                huge=self._huge(start),
+                roms=self._lend_gpu(start, uid) if start.gpu_addresses else {},
+            )
             fds = [] if network is None else [network]
-            if start.gpu_addresses:
-                self._lend_gpu(start, uid)
             pid = self._spawn(line, uid=uid, cwd=paths.run, log=paths.log, fds=fds, groups=self._config.groups)
         process = Process.hold(pid)
         if process is None:
             raise LaunchError(Reason.QEMU_EXITED, last_words(paths))
         return process
 
-    def _lend_gpu(self, start: VmStart, uid: int | None) -> None:
+    def _huge(self, start: VmStart) -> bool:
+        """Whether the guest's memory is made of huge pages; LaunchError when there are too few."""
+        if self._config.hugepages == "off" or (self._config.hugepages == "gpu" and not start.gpu_addresses):
+            return False
+        needed = build.memory_mib(start.resources.memory_mib, huge=True) // devices.HUGE_PAGE_MIB
+        free = devices.free_huge_pages(self._config.sysfs)
+        if free < needed:
+            text = f"{needed} huge pages of {devices.HUGE_PAGE_MIB} MiB are needed, {free} are free"
+            raise LaunchError(Reason.MEMORY_SHORT, text)
+        return True
+
+    def _lend_gpu(self, start: VmStart, uid: int | None) -> dict[str, str]:
         """Let the guest's user drive its GPU, whoever has ordered it, unless another guest has it on its command line
-        or owns its device node."""
+        or owns its device node. Returns the ROM files that it is to have."""
         wanted = set(start.gpu_addresses)
         for pid in pids():
             if taken := wanted & build.gpus_of(arguments(pid)):
                 raise LaunchError(Reason.GPU_UNAVAILABLE, f"process {pid} drives {', '.join(sorted(taken))}")
         try:
+            roms = devices.roms(start.gpu_addresses, self._config.gpu_roms, self._config.sysfs)
             nodes = devices.vfio_nodes(start.gpu_addresses, self._config.sysfs, self._config.dev)
             if uid is not None:
                 devices.lend(nodes, uid)
+            return roms
         except OSError as error:
             raise LaunchError(Reason.GPU_UNAVAILABLE, f"{error.filename}: {error.strerror}") from error
 

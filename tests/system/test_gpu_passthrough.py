@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from support.guests import short_folder
-from support.nested_gpu import OuterGuest, outer_guest
+from support.nested_gpu import ROOT, OuterGuest, outer_guest
 
 CARD = ("0000:01:00.0", "0000:01:00.1")
 BRIDGE = "0000:00:01.0"
@@ -41,21 +41,46 @@ def test_a_card_is_found_in_its_group_and_offered_once_all_of_it_is_bound(outer:
     assert gpu["offered"] and gpu["problem"] == ""
 
 
+def test_the_reset_needs_no_more_than_the_agents_unit_gives_it(outer: OuterGuest) -> None:
+    unit = (ROOT / "deploy/systemd/deskfleet-agent.service").read_text()
+    (line,) = [line for line in unit.splitlines() if line.startswith("CapabilityBoundingSet=")]
+    kept = ",".join(f"+{name.removeprefix('CAP_').lower()}" for name in line.partition("=")[2].split())
+    outer.shell(
+        f"/usr/bin/setpriv --bounding-set=-all,{kept} --no-new-privs "
+        f"python3 -m deskfleet.agent.vfio /dev {group(outer)} {' '.join(CARD)}"
+    )
+
+
+def test_without_enough_huge_pages_it_says_so(outer: OuterGuest) -> None:
+    refused = outer.order(launch="6" * 32, gpu=CARD)["said"][-1]
+    assert (refused["reason"], refused["detail"]) == (
+        "memory_short", "16 huge pages of 2 MiB are needed, 0 are free",
+    )  # fmt: skip
+    assert outer.order()["gpus"][0]["offered"]
+    outer.shell("echo 16 >/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
+
+
 def test_the_guest_paints_on_the_card_and_everything_comes_back(outer: OuterGuest) -> None:
     assert outer.screen("gpu0") != PAINTED
     launched = outer.order(launch=SID, gpu=CARD)["said"][-1]
     assert launched["phase"] == "running", launched["detail"]
     assert owner(outer) == "50000000"
     outer.until_painted(PAINTED)
+    assert outer.shell("cat /sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages") != "16"
     stopped = outer.order(stop=SID)
     assert stopped["said"][-1]["outcome"] == "stopped"
     assert owner(outer) == "0"
     assert [gpu["offered"] for gpu in stopped["gpus"]] == [True], "checked before its end was told"
 
 
+def group(outer: OuterGuest) -> str:
+    """The card's IOMMU group."""
+    return outer.shell(f"basename $(readlink /sys/bus/pci/devices/{CARD[0]}/iommu_group)")
+
+
 def owner(outer: OuterGuest) -> str:
     """Whose the group's device node is."""
-    return outer.shell(f"stat -c %u /dev/vfio/$(basename $(readlink /sys/bus/pci/devices/{CARD[0]}/iommu_group))")
+    return outer.shell(f"stat -c %u /dev/vfio/{group(outer)}")
 
 
 def test_the_next_guest_gets_it_and_nobody_else_at_the_same_time(outer: OuterGuest) -> None:

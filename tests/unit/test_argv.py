@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deskfleet.agent.argv import SANDBOX, Paths, mac_of, passt, qemu, uuid_of
+from deskfleet.agent.argv import SANDBOX, Paths, gpus_of, mac_of, passt, qemu, uuid_of
 from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.messages import VmStart
 from deskfleet.schemas.session import Resources
@@ -120,6 +120,24 @@ def test_the_device_list_depends_on_machine_and_size_alone() -> None:
     other = replace(START, sid="f" * 32, user="bo", generation=9, lifetime_s=60)
     paths = Paths(Path("/r") / ("f" * 32), Path("/d/y.qcow2"), PATHS.image)
     assert values(line(), "-device") == values(qemu(other, paths, accel="tcg", network_fd=None), "-device")
+
+
+def test_huge_pages_are_given_whole_and_only_where_asked_for() -> None:
+    odd = replace(START, resources=replace(START.resources, memory_mib=255))
+    assert values(line(odd), "-m") == ["size=255M"] and "hugetlb" not in " ".join(line(odd))
+    argv = qemu(odd, PATHS, accel="tcg", network_fd=None, huge=True)
+    assert values(argv, "-m") == ["size=256M"]
+    assert values(argv, "-object") == ["memory-backend-memfd,hugetlb=on,hugetlbsize=2M,id=ram,size=256M"]
+
+
+def test_a_gpu_s_rom_is_replaced_hidden_or_left() -> None:
+    start = replace(START, gpu_addresses=("0000:01:00.0", "0000:01:00.1", "0000:01:00.2"))
+    roms = {"0000:01:00.0": "/roms/a,x=b.rom", "0000:01:00.1": ""}
+    argv = qemu(start, PATHS, accel="tcg", network_fd=None, roms=roms)
+    one, two, three = [d for d in values(argv, "-device") if "vfio" in d]
+    assert one.endswith(",multifunction=on,romfile=/roms/a,,x=b.rom") and two.endswith(",rombar=0")
+    assert "rom" not in three and "x-vga" not in " ".join(argv)
+    assert gpus_of(argv) == set(start.gpu_addresses) and gpus_of(["vi", "vfio-pci"]) == set()
 
 
 def test_a_gpu_of_the_launch_reaches_the_line_with_its_whole_group() -> None:

@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from support.sysfs import CARD, Pci
 
 from deskfleet.agent.accel import probe
-from deskfleet.agent.devices import kvm_groups, lend, take_back, vfio_nodes
+from deskfleet.agent.devices import free_huge_pages, kvm_groups, lend, roms, take_back, vfio_nodes
 
 assert os.geteuid() == 0, "devices are lent by root"
 GUEST = 50_000_000
@@ -74,3 +75,32 @@ def test_the_probe_runs_as_a_guest_does(tmp_path: Path, monkeypatch: pytest.Monk
     tmp_path.chmod(0o700)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert probe("tcg", "max", uid=GUEST) == ""
+
+
+def test_huge_pages_that_are_promised_are_not_free(tmp_path: Path) -> None:
+    assert free_huge_pages(tmp_path) == 0
+    folder = tmp_path / "kernel/mm/hugepages/hugepages-2048kB"
+    folder.mkdir(parents=True)
+    for free, reserved, expected in ((10, 4, 6), (2, 5, 0)):
+        (folder / "free_hugepages").write_text(f"{free}\n")
+        (folder / "resv_hugepages").write_text(f"{reserved}\n")
+        assert free_huge_pages(tmp_path) == expected
+
+
+def test_a_rom_goes_by_address_before_model_and_must_be_one(tmp_path: Path) -> None:
+    pci = Pci(tmp_path)
+    pci.card()
+    rom = tmp_path / "a.rom"
+    rom.write_bytes(b"\x55\xaa")
+    assert roms(CARD, {}, pci.sys) == {}
+    assert roms(CARD, {"10de:20b0": str(rom)}, pci.sys) == {CARD[0]: str(rom)}
+    assert roms(CARD, {"10de:20b0": str(rom), CARD[0]: "", CARD[1]: ""}, pci.sys) == {CARD[0]: "", CARD[1]: ""}
+    rom.chmod(0o640)
+    with pytest.raises(OSError, match="not readable by everybody"):
+        roms(CARD, {"10de:20b0": str(rom)}, pci.sys)
+    rom.chmod(0o644)
+    rom.write_bytes(b"MZ")
+    with pytest.raises(OSError, match="not an expansion ROM"):
+        roms(CARD, {CARD[0]: str(rom)}, pci.sys)
+    with pytest.raises(FileNotFoundError):
+        roms(CARD, {CARD[0]: str(tmp_path / "none")}, pci.sys)

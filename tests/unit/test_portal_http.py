@@ -491,6 +491,13 @@ def test_a_form_that_asks_for_too_much_is_refused_in_words(
     assert world.sent() == []
 
 
+def test_where_a_gpu_may_be_chosen_it_is_said_what_it_is_for(world: World, alice: Browser) -> None:
+    for name, policy in (("lab", "optional"), ("render", "required"), ("plain", "never")):
+        world.machine(name, gpu=policy)
+        said = "rendering off-screen" in alice.get(f"/launch/{name}").text
+        assert said is (policy != "never")
+
+
 def test_the_api_takes_the_callers_own_id_once(world: World, app: Flask) -> None:
     client = app.test_client()
     mine, his = bearer(world, "alice"), bearer(world, "bob")

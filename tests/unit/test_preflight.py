@@ -118,6 +118,30 @@ def test_each_trouble_is_named_with_what_to_do(
     assert found[0].advice and found[0].text in found[0].line
 
 
+def test_huge_pages_must_be_there_where_guests_are_to_have_them(machine: Machine, tmp_path: Path) -> None:
+    assert trouble(machine) == [], "nobody asks for them"
+    asked = replace(machine, settings=settings(hugepages="gpu"))
+    assert [(finding.name, finding.level) for finding in trouble(asked)] == [("huge pages", Level.BAD)]
+    folder = tmp_path / "sys/kernel/mm/hugepages/hugepages-2048kB"
+    folder.mkdir(parents=True)
+    (folder / "free_hugepages").write_text("512\n")
+    (folder / "resv_hugepages").write_text("256\n")
+    (finding,) = [finding for finding in look(asked) if finding.name == "huge pages"]
+    assert (finding.level, finding.text) == (Level.GOOD, "512 MiB free for guests with a GPU")
+
+
+def test_slices_of_a_gpu_are_listed_and_said_not_to_be_offered(machine: Machine, tmp_path: Path) -> None:
+    kind = tmp_path / "sys/class/mdev_bus/0000:01:00.0/mdev_supported_types/nvidia-471"
+    kind.mkdir(parents=True)
+    (kind / "name").write_text("GRID A100-2-10C\n")
+    (kind / "available_instances").write_text("3\n")
+    (kind / "device_api").write_text("vfio-pci\n")
+    (kind.parent / "i915-GVTg_V5_4").mkdir()
+    (finding,) = trouble(machine)
+    assert finding.name == "vgpu 0000:01:00.0" and "listed, not offered yet" in finding.text
+    assert "GRID A100-2-10C (3 left, vfio-pci)" in finding.text and "i915-GVTg_V5_4 (? left" in finding.text
+
+
 def test_without_an_iommu_gpus_are_out(machine: Machine, tmp_path: Path) -> None:
     (tmp_path / "sys/kernel/iommu_groups/1").rmdir()
     assert [finding.name for finding in trouble(machine)] == ["iommu"]
