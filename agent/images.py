@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,14 @@ from pathlib import Path
 from deskfleet.runtime.inspection import open_image, second_opinion
 from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.image_facts import Facts, ImageRefused
-from deskfleet.schemas.machine import FILE, Format
+from deskfleet.schemas.machine import DIGEST, FILE, Format
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
+#: The folder below the image folder that holds what the agent fetched, named by its digest.
+FETCHED = "fetched"
+_OWN = re.compile(rf"{FETCHED}/{DIGEST.pattern}\.({'|'.join(Format)})")
 _INSPECTIONS = 4
 
 
@@ -44,14 +48,16 @@ class _Known:
 class ImageIndex:
     """The files of the image folder by SHA-256.
 
-    Only regular files with plain names count: no link leads out of the folder. Digests are remembered with size,
-    time and inode, since hashing a 20 GB image takes a minute.
+    Only regular files with plain names count, of the folder and of FETCHED in it: no link leads out of them. Digests
+    are remembered with size, time and inode, since hashing a 20 GB image takes a minute.
     """
 
     def __init__(self, folder: Path, memory: Path) -> None:
         self._folder = folder
         self._memory = memory
         self._known: dict[str, _Known] = {}
+        self._vouched: dict[str, _Known] = {}
+        self._unsaved = False
         try:
             self._known = {name: _Known(*row) for name, row in json.loads(memory.read_text()).items()}
         except (OSError, ValueError, TypeError):
@@ -79,16 +85,14 @@ class ImageIndex:
     def refresh(self) -> None:
         """Look at the folder again and hash what is new. Slow: call it off the event loop."""
         found: dict[str, _Known] = {}
-        try:
-            names = sorted(os.listdir(self._folder))
-        except OSError:
-            names = []
-        for name in names:
+        for name in [*_names(self._folder), *(f"{FETCHED}/{name}" for name in _names(self._folder / FETCHED))]:
             known = self._look(name)
             if known:
                 found[name] = known
-        if found != self._known:
-            self._known = found
+        # What came while others were being hashed.
+        found |= {name: known for name, known in self._vouched.items() if self._look(name) == known}
+        if found != self._known or self._unsaved:
+            self._known, self._unsaved = found, False
             self._remember()
 
     def add(self, name: str) -> None:
@@ -97,15 +101,28 @@ class ImageIndex:
         if known:
             self._known[name] = known
 
+    def vouch(self, name: str, sha256: str) -> None:
+        """A file of the folder has this digest: whoever wrote it has just hashed it."""
+        status = _regular(self._folder / name)
+        if status:
+            self._vouched[name] = self._known[name] = _Known(*_signature(status), sha256)
+            self._unsaved = True
+
+    def forget(self, name: str) -> None:
+        """A file is about to be deleted: nothing starts on it any more."""
+        self._vouched.pop(name, None)
+        self._known.pop(name, None)
+
     def _look(self, name: str) -> _Known | None:
         """What a file is, hashed when it is new or has changed; None for what does not count."""
         path = self._folder / name
-        status = _regular(path) if FILE.fullmatch(name) else None
+        plain = _OWN.fullmatch(name) if "/" in name else FILE.fullmatch(name)
+        status = _regular(path) if plain else None
         if status is None:
             return None
-        old = self._known.get(name)
-        if old and _signature(status) == (old.size, old.mtime_ns, old.inode):
-            return old
+        for old in (self._vouched.get(name), self._known.get(name)):
+            if old and _signature(status) == (old.size, old.mtime_ns, old.inode):
+                return old
         try:
             return _Known(*_signature(status), _sha256(path))
         except OSError as error:
@@ -120,6 +137,13 @@ class ImageIndex:
             temporary.rename(self._memory)
         except OSError as error:
             log.warning("image digests can't be remembered: %s", error.strerror)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [] if folder.is_symlink() and folder.name == FETCHED else sorted(os.listdir(folder))
+    except OSError:
+        return []
 
 
 def _regular(path: Path) -> os.stat_result | None:
@@ -167,7 +191,9 @@ class Disks:
         Raises:
             DiskError: no space, or an image that is not safe to use.
         """
-        key = f"blank-{gib}" if image_format is Format.ISO else f"{sha256}-{image_format}-{gib}"
+        # The path is part of it: an image may be found in another place after it was fetched, or copied, anew.
+        place = hashlib.sha256(bytes(image.resolve())).hexdigest()[:12]
+        key = f"blank-{gib}" if image_format is Format.ISO else f"{sha256}-{image_format}-{gib}-{place}"
         template = self._templates / f"{key}.qcow2"
         disk = self.path(sid)
         try:
@@ -203,6 +229,11 @@ class Disks:
             self.path(sid).unlink(missing_ok=True)
         except OSError as error:
             log.error("overlay of %s can't be removed: %s", sid, error.strerror)
+
+    def forget(self, sha256: str) -> None:
+        """An image is about to be deleted: the empty overlays on top of it go."""
+        for template in self._templates.glob(f"{sha256}-*.qcow2"):
+            template.unlink(missing_ok=True)
 
     def present(self) -> set[str]:
         """The sids that have an overlay."""

@@ -13,6 +13,7 @@ from deskfleet.schemas.errors import DecodeError
 from deskfleet.schemas.host import GuestReport, HostReport, beat_of, inventory_digest
 from deskfleet.schemas.messages import (
     HostFence,
+    HostImages,
     HostInventory,
     VmExtend,
     VmLook,
@@ -35,7 +36,8 @@ _PORTAL = "portal"
 
 class Link:
     """One agent's side of the bus. `describe` makes the heartbeat with the given sequence number; `look` is told of
-    each wish to see a screen; `now` are seconds of a clock that never goes back."""
+    each wish to see a screen, `images` of what the catalogue names; `now` are seconds of a clock that never goes
+    back."""
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Link:
         describe: Callable[[int], HostReport],
         now: Callable[[], float],
         look: Callable[[VmLook], None],
+        images: Callable[[HostImages], None],
     ) -> None:
         self._host = host
         self._bus = bus
@@ -52,6 +55,7 @@ class Link:
         self._describe = describe
         self._now = now
         self._look = look
+        self._images = images
         self._seq = 0
         #: The digest of the last full heartbeat, and when it was sent; None when the next one has to be full.
         self._told: tuple[str, float] | None = None
@@ -86,6 +90,8 @@ class Link:
             case HostFence():
                 self._agent.fence(message)
                 self.beat()
+            case HostImages():
+                self._images(message)
             case HostInventory():
                 self.tell()
             case _:

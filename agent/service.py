@@ -20,6 +20,8 @@ from deskfleet.agent.console import UsedNonces
 from deskfleet.agent.core import Agent
 from deskfleet.agent.devices import kvm_groups
 from deskfleet.agent.facts import boot_id, read_facts
+from deskfleet.agent.fetch import Fetcher
+from deskfleet.agent.fetch_store import Store
 from deskfleet.agent.hypervisor import QemuHypervisor
 from deskfleet.agent.images import Disks, ImageIndex
 from deskfleet.agent.journal import FileJournal
@@ -114,8 +116,8 @@ class Service:
             state / QUARANTINE, self._boot_id, settings.gpu_names, sysfs=sysfs, dev=dev,
             changed=lambda: self.link.beat(), reset=reset,  # noqa: PLW0108  link comes later
         )  # fmt: skip
-        disks = Disks(state / "disks", state / "templates")
-        self.hypervisor = QemuHypervisor(config, self._images, disks, spawn, self.lending)
+        self._disks = Disks(state / "disks", state / "templates")
+        self.hypervisor = QemuHypervisor(config, self._images, self._disks, spawn, self.lending)
         self.agent = Agent(
             boot_id=self._boot_id,
             journal=FileJournal(state / "journal"),
@@ -128,7 +130,18 @@ class Service:
         self.hypervisor.news = self.agent
         self._pictures = Pictures(self.hypervisor.dump, clock.monotonic)
         self._shows: set[asyncio.Task[None]] = set()
-        self.link = Link(settings.host, bus, self.agent, self._describe, clock.monotonic, self._look)
+        self._fetcher = Fetcher(
+            settings.source,
+            Store(settings.images),
+            self._images,
+            self._disks,
+            self._images_in_use,
+            clock.monotonic,
+            changed=lambda: self.link.beat(),  # noqa: PLW0108  link comes later
+        )
+        self.link = Link(
+            settings.host, bus, self.agent, self._describe, clock.monotonic, self._look, self._fetcher.told
+        )
         self.bridge = Bridge(
             settings.console_listen,
             settings.run,
@@ -162,6 +175,12 @@ class Service:
         """The PCI functions that guests have."""
         starts = [entry.start for entry in self.agent.entries if entry.live and entry.start]
         return {address for start in starts for address in start.gpu_addresses}
+
+    def _images_in_use(self) -> set[str] | None:
+        live = {entry.sid: entry.start for entry in self.agent.entries if entry.live}
+        if self._disks.present() - live.keys():
+            return None  # a disk of which nobody knows what it is on top of
+        return {start.sha256 for start in live.values() if start}
 
     def remark(self, problems: Sequence[str]) -> None:
         """Add to what administrators are told about this host."""
@@ -208,6 +227,7 @@ class Service:
             asyncio.create_task(self._every(1.0, self._tick)),
             asyncio.create_task(self._look_around()),
             asyncio.create_task(self._take_pictures()),
+            asyncio.create_task(self._fetcher.keep()),
         ]
         await stop.wait()
         for task in [*work, *self._shows]:
@@ -284,6 +304,8 @@ class Service:
             images=tuple(sorted(self._images.digests())),
             gpus=self._gpus(),
             guests=self.agent.guests(),
-            problems=tuple(self._problems),
+            problems=(*self._problems, *self._fetcher.problems())[:100],
             version=self._version,
+            catalogue=self._fetcher.catalogue,
+            fetches=self._fetcher.report(),
         )

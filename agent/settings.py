@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate, validates_schema
+from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate, validates, validates_schema
 
+from deskfleet.agent.fetch import Source
 from deskfleet.runtime.secret import Secret
 from deskfleet.runtime.settings import SecretField
 from deskfleet.schemas.host import HOST
@@ -42,6 +44,7 @@ class AgentSettings:
     powerdown_s: float
     heartbeat_s: float
     picture_s: float
+    source: Source
 
 
 class AgentSchema(Schema):
@@ -77,6 +80,27 @@ class AgentSchema(Schema):
     ready_s = fields.Float(load_default=30.0, validate=validate.Range(1, 600))
     powerdown_s = fields.Float(load_default=10.0, validate=validate.Range(0, 600))
     heartbeat_s = fields.Float(load_default=5.0, validate=validate.Range(0.5, 60))
+    image_source = fields.Str(load_default="")
+    image_ca = fields.Str(load_default="", validate=validate.Regexp(r"\A(/.*)?\Z"))
+    image_token = SecretField(load_default=None, validate=validate.Length(min=1))
+    image_rate_mib_s = fields.Float(load_default=50.0, validate=validate.Range(0, 100_000))
+    image_room_mib = fields.Int(load_default=4096, validate=validate.Range(0, 1 << 30))
+    image_prefetch = fields.Bool(load_default=False)
+    image_keep_days = fields.Float(load_default=0.0, validate=validate.Range(0, 36_500))
+
+    @validates("image_source")
+    def _source(self, value: str, **_: Any) -> None:
+        if value.startswith("/") or not value:
+            return
+        try:
+            parts = urlsplit(value)
+            plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            plain = False
+        if not plain or "@" in value or "?" in value or "#" in value or not value.isprintable() or " " in value:
+            raise ValidationError(
+                "must be an absolute path, or a folder's https:// or http:// address without login or question mark"
+            )
 
     picture_s = fields.Float(load_default=30.0, validate=validate.Range(1, 3600))
 
@@ -85,6 +109,10 @@ class AgentSchema(Schema):
         files = [data["console_cert"], data["console_key"], data["console_ca"]]
         if any(files) and not all(files):
             raise ValidationError("console_cert, console_key and console_ca belong together")
+        if data["image_token"] and not data["image_source"].startswith("https:"):
+            raise ValidationError("image_token is sent over https only; image_source must begin with https://")
+        if 0 < data["image_rate_mib_s"] < 0.1:
+            raise ValidationError("image_rate_mib_s must be 0 (no limit) or at least 0.1")
         if data["first_uid"] > data["last_uid"]:
             raise ValidationError("first_uid must not be above last_uid")
 
@@ -94,4 +122,6 @@ class AgentSchema(Schema):
         uids = range(data.pop("first_uid"), data.pop("last_uid") + 1)
         state, run, images = (Path(data.pop(name)) for name in ("state", "run", "images"))
         console_tls = tls if tls[0] else None
+        names = ("source", "ca", "token", "rate_mib_s", "room_mib", "prefetch", "keep_days")
+        data["source"] = Source(**{name: data.pop(f"image_{name}") for name in names})
         return AgentSettings(**data, state=state, run=run, images=images, uids=uids, console_tls=console_tls)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 from deskfleet.scheduler.fleet import Fleet
 from deskfleet.scheduler.intake import refuse_launch, rejection, requested, stop_before_launch
@@ -317,6 +318,8 @@ class Decisions:
                 work += [self._repeat(s, now) for s in self._fleet.on(host).values() if self._needs_command(s, now)]
         if self._fleet.waiting():
             work.append(lambda unit: self.queue.run(unit, now))
+        for message in self.queue.images.due(now, self._settings.policy.fresh_s):
+            work.append(partial(Unit.send_host, host=message.host, message=message))
         return work
 
     def _give_up(self, session: Session) -> Callable[[Unit], object]:

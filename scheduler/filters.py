@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from deskfleet.scheduler.hosts import HostState
 from deskfleet.scheduler.policy import Policy
 from deskfleet.schemas.errors import Reason
-from deskfleet.schemas.host import Gpu
+from deskfleet.schemas.host import FetchState, Gpu
 from deskfleet.schemas.session import Resources
 from deskfleet.schemas.verdict import Verdict
 
@@ -125,7 +125,14 @@ def _pool(want: Want, host: HostState, _at: Moment | None = None) -> Reason | No
 
 
 def _image(want: Want, host: HostState, _at: Moment) -> Reason | None:
-    return None if want.sha256 in host.images else Reason.NO_IMAGE
+    if want.sha256 in host.images:
+        return None
+    if host.fetches is None:
+        return Reason.NO_IMAGE
+    fetch = host.fetches.get(want.sha256)
+    if fetch is None:
+        return Reason.IMAGE_FETCHABLE
+    return Reason.NO_IMAGE if fetch.state is FetchState.FAILED else Reason.IMAGE_FETCHING
 
 
 def _resting(want: Want, host: HostState, at: Moment) -> Reason | None:
@@ -211,6 +218,15 @@ def objection(want: Want, host: HostState, at: Moment) -> Reason | None:
     return None
 
 
+def beside_image(want: Want, host: HostState, at: Moment) -> Reason | None:
+    """The same, as if the host held the image."""
+    for check in FILTERS:
+        reason = None if check is _image else check(want, host, at)
+        if reason:
+            return reason
+    return None
+
+
 def _gib(mib: float) -> str:
     return f"{max(0.0, mib) / 1024:.1f}"
 
@@ -233,6 +249,16 @@ def _say_pool(want: Want, host: HostState, _at: Moment) -> str:
     if host.exclusive and not want.admitted & host.exclusive:
         return f"is only for the pool {', '.join(sorted(host.exclusive))}"
     return f"is not in the pool {', '.join(sorted(want.confined or ()))}"
+
+
+def _say_no_image(want: Want, host: HostState, _at: Moment) -> str:
+    failed = (host.fetches or {}).get(want.sha256)
+    return f"could not fetch this image: {failed.detail}" if failed else "does not hold this image"
+
+
+def _say_fetching(want: Want, host: HostState, _at: Moment) -> str:
+    fetch = (host.fetches or {})[want.sha256]
+    return f"fetching the image, {fetch.percent} %" if fetch.state is FetchState.FETCHING else "fetches the image next"
 
 
 def _say_resting(want: Want, host: HostState, at: Moment) -> str:
@@ -291,7 +317,9 @@ _WORDS: dict[Reason, Callable[[Want, HostState, Moment], str]] = {
     Reason.DRAINING: lambda *_: "drained for maintenance",
     Reason.LABEL_MISSING: _say_label,
     Reason.WRONG_POOL: _say_pool,
-    Reason.NO_IMAGE: lambda *_: "does not hold this image",
+    Reason.NO_IMAGE: _say_no_image,
+    Reason.IMAGE_FETCHING: _say_fetching,
+    Reason.IMAGE_FETCHABLE: lambda *_: "does not hold this image yet, and can fetch it",
     Reason.RESTING: _say_resting,
     Reason.SESSIONS_FULL: _say_sessions,
     Reason.CPUS_SHORT: _say_cpus,

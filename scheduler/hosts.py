@@ -5,11 +5,12 @@ Everything that a decision over thousands of hosts asks again and again is worke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from deskfleet.scheduler.policy import Policy, Pool
 from deskfleet.scheduler.resting import Resting
-from deskfleet.schemas.host import Gpu, HostBeat, HostReport, implausible
+from deskfleet.schemas.host import Fetch, Gpu, HostBeat, HostReport, implausible
 from deskfleet.schemas.session import Session
 
 
@@ -37,7 +38,8 @@ class Usage:
 class HostState:
     """One host. `heard` is monotonic seconds, None until this process heard it; `distrust` says why its figures are
     not believed (`grew`: for as long as its agent lives); `asked` is when a full report was asked for last. `score`
-    orders hosts, larger first.
+    orders hosts, larger first. `fetches` is what it is fetching, by digest (None: it never does), `moved` since when
+    each stands where it stands, and `told_images` when it was told last about images.
     """
 
     name: str
@@ -56,6 +58,9 @@ class HostState:
     pools: frozenset[str] = frozenset()
     exclusive: frozenset[str] = frozenset()
     images: frozenset[str] = frozenset()
+    fetches: Mapping[str, Fetch] | None = None
+    moved: Mapping[str, float] = field(default_factory=dict)
+    told_images: float = float("-inf")
     gpus: tuple[Gpu, ...] = ()
     cpus_offered: float = 0.0
     memory_offered: float = 0.0
@@ -77,6 +82,12 @@ class HostState:
         self.heard = now
         self.report = report
         self.images = frozenset(report.images)
+        before = self.fetches or {}
+        self.fetches = None if report.fetches is None else {fetch.sha256: fetch for fetch in report.fetches}
+        self.moved = {
+            sha256: self.moved[sha256] if before.get(sha256) == fetch else now
+            for sha256, fetch in (self.fetches or {}).items()
+        }
         self.gpus = tuple(gpu for gpu in report.gpus if gpu.offered)
         self.cpus_offered = report.cpus * policy.cpu_overcommit
         self.memory_offered = max(0.0, (report.memory_mib - policy.host_reserve_mib) * policy.memory_overcommit)

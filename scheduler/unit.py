@@ -15,6 +15,7 @@ from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.machine import Machine
 from deskfleet.schemas.messages import (
     HostFence,
+    HostImages,
     HostInventory,
     PlacementAnswered,
     SessionChanged,
@@ -150,7 +151,9 @@ class Unit:
             Outgoing(topology.EVENTS, key, kind, body, correlation_id=answer.question, durable=False, mandatory=False)
         )
 
-    def send_host(self, host: str, message: VmStart | VmStop | VmExtend | HostFence | HostInventory) -> None:
+    def send_host(
+        self, host: str, message: VmStart | VmStop | VmExtend | HostFence | HostImages | HostInventory
+    ) -> None:
         """Queue a command for a host."""
         kind, body = encode(message)
         sid = message.sid if isinstance(message, VmStart | VmStop | VmExtend) else ""

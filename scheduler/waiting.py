@@ -12,6 +12,7 @@ from operator import itemgetter
 from deskfleet.ledger.reader import Wait
 from deskfleet.scheduler.filters import Moment, Reservation, Want
 from deskfleet.scheduler.fleet import Fleet
+from deskfleet.scheduler.images import Images
 from deskfleet.scheduler.placement import NoFit, choose, explain
 from deskfleet.scheduler.plan import reserve, starts
 from deskfleet.scheduler.policy import Policy
@@ -60,6 +61,7 @@ class Queue:
         self._policy = policy
         self._explain_s = explain_s
         self._stats = stats
+        self.images = Images(fleet, machines, explain_s)
         #: Set by whatever may let somebody start.
         self.soon = True
         self.waited: dict[str, float] = {}  # sid -> seconds in the queue
@@ -116,6 +118,7 @@ class Queue:
         order = self.in_order()
         if not order:
             self._reserved.clear()
+            self.images.seek((), self.moment(now))
             return
         machines = self._machines()
         owners = {entry.sid for entry, made in self._reserved.values() if entry and now - made < _REPLAN_S}
@@ -148,6 +151,7 @@ class Queue:
                 refused.add(at.shape(want))
                 at = self._keep_room(want, at, plans)
             blocked.append(Blocked(session, want))
+        self.images.seek((entry.want for entry in blocked if entry.want), at)
         self._tell(unit, blocked, at)
 
     def _keep_room(self, want: Want, at: Moment, plans: Counter[str | None]) -> Moment:

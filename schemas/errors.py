@@ -52,6 +52,8 @@ class Reason(StrEnum):
     DRAINING = "draining"
     NOT_TRUSTED = "not_trusted"
     NO_IMAGE = "no_image"
+    IMAGE_FETCHING = "image_fetching"
+    IMAGE_FETCHABLE = "image_fetchable"
     SESSIONS_FULL = "sessions_full"
     CPUS_SHORT = "cpus_short"
     MEMORY_SHORT = "memory_short"
@@ -105,6 +107,8 @@ SENTENCES: dict[Reason, str] = {
     Reason.DRAINING: "The host is being drained for maintenance and takes no new desktops.",
     Reason.NOT_TRUSTED: "The host reported figures that cannot be true and is left out until it is mended.",
     Reason.NO_IMAGE: "The host does not hold this machine's image.",
+    Reason.IMAGE_FETCHING: "The host is fetching this machine's image.",
+    Reason.IMAGE_FETCHABLE: "The host does not hold this machine's image, but can fetch it.",
     Reason.SESSIONS_FULL: "The host runs as many desktops as it is allowed to.",
     Reason.CPUS_SHORT: "The host has too few free CPUs.",
     Reason.MEMORY_SHORT: "The host has too little free memory.",

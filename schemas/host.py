@@ -59,6 +59,46 @@ class GuestReport:
     lifetime_s: int | None = None
 
 
+class FetchState(StrEnum):
+    """How far a host is with an image that it does not hold yet."""
+
+    WAITING = "waiting"
+    FETCHING = "fetching"
+    FAILED = "failed"
+
+
+class FetchFault(StrEnum):
+    """Why an image could not be fetched."""
+
+    UNREACHABLE = "unreachable"
+    REFUSED = "refused"
+    REDIRECT = "redirect"
+    INCOMPLETE = "incomplete"
+    STALLED = "stalled"
+    WRONG_DIGEST = "wrong_digest"
+    NO_SPACE = "no_space"
+    UNWRITABLE = "unwritable"
+    IMAGE_BAD = "image_bad"
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """An image that a host is to fetch: how much of its `mib` (0: not known yet) is there, in steps of `STEP` percent,
+    so that the inventory does not change with every heartbeat. A failed one is tried again; `detail` says when."""
+
+    sha256: str
+    state: FetchState
+    percent: int = 0
+    mib: int = 0
+    fault: FetchFault | None = None
+    detail: str = ""
+
+
+#: The grain of `Fetch.percent`, and how many fetches stand in one report.
+STEP = 5
+MOST_FETCHES = 100
+
+
 @dataclass(frozen=True, slots=True)
 class HostReport:
     """A full heartbeat: the whole truth about one host. Sent when its inventory changed, when the scheduler asks, at
@@ -68,7 +108,8 @@ class HostReport:
     highest command number the agent has processed: a guest with a generation up to it that is not listed does not
     exist. `fenced` says that the agent lost its journal and starts nothing until it is told where the numbers are.
     `digest` names the inventory: whatever is in here but not in a beat. Units: MiB; `load1` is the one-minute load
-    average.
+    average. `fetches` is None where no source of images is set; `catalogue` names the list of images (see HostImages)
+    that the host was told last.
     """
 
     host: str
@@ -91,6 +132,8 @@ class HostReport:
     problems: tuple[str, ...] = ()
     version: str = ""
     digest: str = ""
+    catalogue: str = ""
+    fetches: tuple[Fetch, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +169,7 @@ def inventory_digest(report: HostReport) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _entry(part: Gpu | GuestReport) -> dict[str, object]:
+def _entry(part: Gpu | GuestReport | Fetch) -> dict[str, object]:
     return {field.name: getattr(part, field.name) for field in fields(part) if field.name != "left_s"}
 
 

@@ -168,6 +168,30 @@ class VmPicture:
 
 
 @dataclass(frozen=True, slots=True)
+class CatalogueImage:
+    """An image that the catalogue names. `file` is its name at the source, never a path here."""
+
+    sha256: str
+    file: str
+    format: Format
+
+
+@dataclass(frozen=True, slots=True)
+class HostImages:
+    """Every image that the catalogue names, and the digests of those which this host shall fetch now. `digest` names
+    the list of images; the host repeats it in its reports. Idempotent: what it says replaces what was said before."""
+
+    host: str
+    digest: str
+    images: tuple[CatalogueImage, ...]
+    wanted: tuple[str, ...]
+
+
+#: A message of this many images is still below wire.MAX_BODY.
+MOST_IMAGES = 3000
+
+
+@dataclass(frozen=True, slots=True)
 class VmReport:
     """One guest changed; the same entry also stands in the next heartbeat."""
 
@@ -201,6 +225,7 @@ Message = (
     | HostInventory
     | VmLook
     | VmPicture
+    | HostImages
     | VmReport
     | HostReport
     | HostBeat

@@ -12,13 +12,17 @@ from typing import TypeVar
 from marshmallow import ValidationError, fields, validate
 
 from deskfleet.schemas.errors import DecodeError, Reason
-from deskfleet.schemas.machine import DIGEST, NAME, Drivers, Firmware, Format, Os, Video
+from deskfleet.schemas.machine import FILE, NAME, Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.messages import (
+    INVENTORY,
+    MOST_IMAGES,
     REPLICA,
+    CatalogueImage,
     DrainRequested,
     ExtendRequested,
     HostDeclaredDead,
     HostFence,
+    HostImages,
     HostInventory,
     LaunchRequested,
     Message,
@@ -41,6 +45,7 @@ from deskfleet.schemas.wire_fields import (
     Wire,
     addresses_field,
     bool_field,
+    digest_field,
     host_field,
     int_field,
     sid_field,
@@ -143,7 +148,7 @@ class VmStartSchema(Wire):
     user = text_field(320, 1)
     machine = fields.Str(required=True, validate=validate.Regexp(rf"\A{NAME.pattern}\Z"))
     os = fields.Enum(Os, required=True, by_value=True)
-    sha256 = fields.Str(required=True, validate=validate.Regexp(rf"\A{DIGEST.pattern}\Z"))
+    sha256 = digest_field()
     format = fields.Enum(Format, required=True, by_value=True)
     video = fields.Enum(Video, required=True, by_value=True)
     firmware = fields.Enum(Firmware, required=True, by_value=True)
@@ -176,6 +181,21 @@ class HostFenceSchema(Wire):
     target = HostFence
     host = host_field()
     generation = int_field(0)
+
+
+class CatalogueImageSchema(Wire):
+    target = CatalogueImage
+    sha256 = digest_field()
+    file = fields.Str(required=True, validate=validate.Regexp(rf"\A{FILE.pattern}\Z"))
+    format = fields.Enum(Format, required=True, by_value=True)
+
+
+class HostImagesSchema(Wire):
+    target = HostImages
+    host = host_field()
+    digest = fields.Str(required=True, validate=validate.Regexp(rf"\A{INVENTORY.pattern}\Z"))
+    images = Tuple(fields.Nested(CatalogueImageSchema), MOST_IMAGES)
+    wanted = Tuple(digest_field(), MOST_IMAGES)
 
 
 class HostInventorySchema(Wire):
@@ -228,6 +248,7 @@ REGISTRY: dict[str, Wire] = {
     "host.inventory.v1": HostInventorySchema(),
     "vm.look.v1": VmLookSchema(),
     "vm.picture.v1": VmPictureSchema(),
+    "host.images.v1": HostImagesSchema(),
     "vm.report.v1": VmReportSchema(),
     "host.heartbeat.v1": HostReportSchema(),
     "host.beat.v1": HostBeatSchema(),

@@ -8,6 +8,7 @@ from typing import Any
 from marshmallow import EXCLUDE, Schema, ValidationError, fields, post_load, validate
 
 from deskfleet.schemas.host import HOST
+from deskfleet.schemas.machine import DIGEST
 from deskfleet.schemas.messages import PCI_ADDRESS
 from deskfleet.schemas.picture import is_picture
 from deskfleet.schemas.tickets import SID
@@ -38,11 +39,16 @@ def bool_field() -> fields.Bool:
     return fields.Bool(required=True, truthy={True}, falsy={False})
 
 
+def digest_field() -> fields.Str:
+    """An image's SHA-256."""
+    return fields.Str(required=True, validate=validate.Regexp(rf"\A{DIGEST.pattern}\Z"))
+
+
 class Tuple(fields.List[Any]):
     """A JSON list that becomes a tuple, with a limit on its length."""
 
-    def __init__(self, item: fields.Field[Any], limit: int) -> None:
-        super().__init__(item, required=True, validate=validate.Length(max=limit))
+    def __init__(self, item: fields.Field[Any], limit: int, *, required: bool = True, **options: Any) -> None:
+        super().__init__(item, required=required, validate=validate.Length(max=limit), **options)
 
     def _deserialize(self, *args: Any, **kwargs: Any) -> Any:
         return tuple(super()._deserialize(*args, **kwargs))

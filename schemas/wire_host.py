@@ -5,7 +5,17 @@ from __future__ import annotations
 from marshmallow import fields, validate
 
 from deskfleet.schemas.errors import Reason
-from deskfleet.schemas.host import Gpu, GuestReport, HostBeat, HostReport, Phase
+from deskfleet.schemas.host import (
+    MOST_FETCHES,
+    Fetch,
+    FetchFault,
+    FetchState,
+    Gpu,
+    GuestReport,
+    HostBeat,
+    HostReport,
+    Phase,
+)
 from deskfleet.schemas.machine import DIGEST
 from deskfleet.schemas.messages import ADDRESS, INVENTORY, PCI_ADDRESS
 from deskfleet.schemas.session import Outcome
@@ -14,6 +24,7 @@ from deskfleet.schemas.wire_fields import (
     Wire,
     addresses_field,
     bool_field,
+    digest_field,
     host_field,
     int_field,
     sid_field,
@@ -45,6 +56,16 @@ class GpuSchema(Wire):
     problem = text_field(400)
 
 
+class FetchSchema(Wire):
+    target = Fetch
+    sha256 = digest_field()
+    state = fields.Enum(FetchState, required=True, by_value=True)
+    percent = int_field(0, 100)
+    mib = int_field(0, 1 << 32)
+    fault = fields.Enum(FetchFault, required=True, by_value=True, allow_none=True)
+    detail = text_field(400)
+
+
 class HostReportSchema(Wire):
     target = HostReport
     host = host_field()
@@ -67,6 +88,9 @@ class HostReportSchema(Wire):
     problems = Tuple(fields.Str(validate=validate.Length(1, 400)), 100)
     version = text_field(64)
     digest = fields.Str(required=True, validate=validate.Regexp(rf"\A({INVENTORY.pattern})?\Z"))
+    # Agents of an older version say neither.
+    catalogue = fields.Str(load_default="", validate=validate.Regexp(rf"\A({INVENTORY.pattern})?\Z"))
+    fetches = Tuple(fields.Nested(FetchSchema), MOST_FETCHES, required=False, load_default=None, allow_none=True)
 
 
 class HostBeatSchema(Wire):

@@ -97,8 +97,9 @@ class Node(Process):
         )
         incarnation = f"{self.host}-{self.lives}"
         self.link = Link(
-            self.host, bus, agent, lambda seq: self.describe(incarnation, seq), self.clock.monotonic, lambda _: None
-        )
+            self.host, bus, agent, lambda seq: self.describe(incarnation, seq), self.clock.monotonic, lambda _: None,
+            lambda _: None,
+        )  # fmt: skip
         try:
             agent.recover()
         except JournalError:

@@ -23,6 +23,7 @@ from deskfleet.schemas.messages import (
     DrainRequested,
     HostDeclaredDead,
     HostFence,
+    HostImages,
     LaunchRequested,
     Message,
     StopRequested,
@@ -39,8 +40,8 @@ _SCHEDULER_QUEUES = tuple(queue.name for queue in topology.core().queues if queu
 class FakeHost:
     """One host: it starts what it is told above the highest number it has seen, and lists it.
 
-    `starts`, `stops` and `fences` are the commands it was given. `report` is what it says about itself; a test may
-    change it. While `deaf` it is cut off: it neither hears nor speaks, and its guests run on.
+    `starts`, `stops`, `fences` and `images` are the commands it was given. `report` is what it says about itself; a
+    test may change it. While `deaf` it is cut off: it neither hears nor speaks, and its guests run on.
     """
 
     def __init__(self, stage: Stage, name: str, **changes: object) -> None:
@@ -54,6 +55,7 @@ class FakeHost:
         self.starts: list[VmStart] = []
         self.stops: list[VmStop] = []
         self.fences: list[HostFence] = []
+        self.images: list[HostImages] = []
         stage.broker.declare(topology.EXCHANGES_ONLY + topology.for_host(name))
         self.bus = stage.broker.connect(f"agent-{name}", lambda action: action())
         self.bus.consume(topology.host_queue(name), self._on_delivery)
@@ -98,6 +100,9 @@ class FakeHost:
             self._passed(message.generation)
             self.report = replace(self.report, fenced=False)
             self.beat()
+        elif isinstance(message, HostImages):
+            self.images.append(message)
+            self.report = replace(self.report, catalogue=message.digest)
         elif isinstance(message, VmStart):
             self.starts.append(message)
             if message.generation > self.report.last_generation:

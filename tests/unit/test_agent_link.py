@@ -15,9 +15,22 @@ from deskfleet.runtime.bus import Delivery, Outgoing
 from deskfleet.runtime.memory_bus import MemoryBroker
 from deskfleet.schemas import topology
 from deskfleet.schemas.errors import Reason
-from deskfleet.schemas.host import Gpu, GuestReport, HostBeat, HostReport, Phase, beat_of, inventory_digest
+from deskfleet.schemas.host import (
+    Fetch,
+    FetchState,
+    Gpu,
+    GuestReport,
+    HostBeat,
+    HostReport,
+    Phase,
+    beat_of,
+    inventory_digest,
+)
+from deskfleet.schemas.machine import Format
 from deskfleet.schemas.messages import (
+    CatalogueImage,
     HostFence,
+    HostImages,
     HostInventory,
     Message,
     VmLook,
@@ -54,10 +67,17 @@ class Stage:
         self.truth = report(guests={S: (7, Phase.RUNNING)})
         self.agent = FakeAgent()
         self.looks: list[VmLook] = []
+        self.images: list[HostImages] = []
         bus = self.broker.connect("agent-h1", lambda action: action())
         agent: Agent = self.agent  # type: ignore[assignment]
         self.link = Link(
-            "h1", bus, agent, lambda seq: replace(self.truth, seq=seq), lambda: self.now, self.looks.append
+            "h1",
+            bus,
+            agent,
+            lambda seq: replace(self.truth, seq=seq),
+            lambda: self.now,
+            self.looks.append,
+            self.images.append,
         )
         self.link.start()
         self.broker.run()
@@ -129,6 +149,12 @@ def test_the_scheduler_gets_a_full_one_when_it_asks(on: Stage) -> None:
     assert on.agent.fences == [HostFence("h1", 3)]
 
 
+def test_what_the_catalogue_names_is_passed_on(on: Stage) -> None:
+    told = HostImages("h1", "0" * 16, (CatalogueImage("1" * 64, "a.iso", Format.ISO),), ("1" * 64,))
+    on.command(told)
+    assert on.images == [told]
+
+
 def test_each_connect_begins_with_a_full_one_also_when_nothing_changed(on: Stage) -> None:
     on.broker.crash()
     on.link.beat()
@@ -190,6 +216,8 @@ def test_all_but_what_beats_tell_is_in_the_digest() -> None:
         "gpus": (Gpu("0000:01:00.0", "A100", 1, ("0000:01:00.0",), True),),
         "problems": ("no network",),
         "version": "2",
+        "catalogue": "0" * 16,
+        "fetches": (Fetch("1" * 64, FetchState.FETCHING, 5, 10),),
     }
     assert set(changes) | {"guests"} == {field.name for field in fields(HostReport)} - {
         field.name for field in fields(HostBeat)

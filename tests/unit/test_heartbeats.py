@@ -45,6 +45,7 @@ class Stage:
             lambda seq: replace(self.truth, seq=seq),
             self.monotonic,
             lambda _: None,
+            lambda _: None,
         )
 
     def monotonic(self) -> float:

@@ -14,13 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deskfleet.schemas.errors import DecodeError, Reason
-from deskfleet.schemas.host import Gpu, GuestReport, HostBeat, HostReport, Phase, implausible
+from deskfleet.schemas.host import (
+    Fetch,
+    FetchFault,
+    FetchState,
+    Gpu,
+    GuestReport,
+    HostBeat,
+    HostReport,
+    Phase,
+    implausible,
+)
 from deskfleet.schemas.machine import Firmware, Format, Os, Video
 from deskfleet.schemas.messages import (
+    CatalogueImage,
     DrainRequested,
     ExtendRequested,
     HostDeclaredDead,
     HostFence,
+    HostImages,
     HostInventory,
     LaunchRequested,
     Message,
@@ -62,6 +74,8 @@ REPORT = HostReport(
     gpus=(GPU,),
     guests=(GUEST,),
     problems=("no KVM",),
+    catalogue="f" * 16,
+    fetches=(Fetch("b" * 64, FetchState.FAILED, 40, 20_000, FetchFault.WRONG_DIGEST, "why"),),
     version="0.1.0",
     digest="0" * 16,
 )
@@ -94,11 +108,16 @@ EXAMPLES: list[Message] = [
     HostInventory("h1"),
     VmLook(SID, "w1"),
     VmPicture("h1", SID, PNG, last=False),
+    HostImages("h1", "0" * 16, (CatalogueImage("c" * 64, "a-2.qcow2", Format.QCOW2),), ("c" * 64,)),
     VmReport("h1", GUEST),
     REPORT,
     HostBeat("h1", "i1", 5, 9, False, "[::1]:6080", 0.5, 4000, 400, "0" * 16),
     SessionChanged(SID, State.ENDED, Outcome.LOST, "h1", 7),
 ]
+
+
+#: Fields that came after the first version.
+LATER: dict[type, set[str]] = {HostReport: {"catalogue", "fetches"}}
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
@@ -125,12 +144,43 @@ def test_unknown_fields_of_a_newer_version_are_ignored(message: Message) -> None
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
 def test_a_missing_field_is_refused_and_the_bytes_are_kept(message: Message) -> None:
     kind, body = encode(message)
-    for name in json.loads(body):
+    for name in json.loads(body).keys() - LATER.get(type(message), set()):
         broken = json.dumps({k: v for k, v in json.loads(body).items() if k != name}).encode()
         with pytest.raises(DecodeError) as caught:
             decode(kind, broken)
         assert caught.value.body == broken
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_what_an_older_version_does_not_say_has_its_default(kind: type[Message]) -> None:
+    said = next(message for message in EXAMPLES if type(message) is kind)
+    name, body = encode(said)
+    older = {key: value for key, value in json.loads(body).items() if key not in LATER[kind]}
+    defaults = {field.name: field.default for field in fields(kind) if field.name in LATER[kind]}
+    assert decode(name, json.dumps(older).encode()) == replace(said, **defaults)
+
+
+OF_IMAGES = [
+    ("images", [{"sha256": "c" * 64, "file": "../a", "format": "raw"}]),
+    ("images", [{"sha256": "c" * 63, "file": "a", "format": "raw"}]),
+    ("images", [{"sha256": "c" * 64, "file": "a", "format": "exe"}]),
+    ("wanted", ["x"]),
+    ("catalogue", "0" * 17),
+    ("fetches", [{}]),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), OF_IMAGES)
+def test_c26_what_is_said_of_images_is_data(field: str, value: object) -> None:
+    refused = 0
+    for message in EXAMPLES:
+        kind, body = encode(message)
+        if field in json.loads(body):
+            with pytest.raises(DecodeError):
+                decode(kind, json.dumps({**json.loads(body), field: value}).encode())
+            refused += 1
+    assert refused
 
 
 HOSTILE = [

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.hosts import NOW, POLICY, gpu, host, index, moment, report, want
+from support.hosts import IMAGE, NOW, POLICY, gpu, host, index, moment, report, want
 
 from deskfleet.scheduler.filters import FILTERS, Reservation, Want, free_gpu, objection, verdict
 from deskfleet.scheduler.hosts import HostState, Usage
 from deskfleet.scheduler.placement import MOST_VERDICTS, NoFit, Placement, choose, explain, naive, score, terms, why
 from deskfleet.scheduler.policy import Policy, Pool, Weights
 from deskfleet.schemas.errors import SENTENCES, Reason
-from deskfleet.schemas.host import HostBeat
+from deskfleet.schemas.host import Fetch, FetchState, HostBeat
 
 LAB = Pool("lab", ("h1", "lab-*"), ("fast",), ("staff",), exclusive=True)
 COURSE = Pool("course", ("h2",), (), ("students",), confine=True)
@@ -49,6 +49,10 @@ REFUSALS = [
     (host(policy=POOLS), want(), Reason.WRONG_POOL),
     (host(policy=POOLS), want(admitted=frozenset({"course"}), confined=frozenset({"course"})), Reason.WRONG_POOL),
     (host(images=()), want(), Reason.NO_IMAGE),
+    (host(images=(), fetches=()), want(), Reason.IMAGE_FETCHABLE),
+    (host(images=(), fetches=(Fetch(IMAGE, FetchState.WAITING),)), want(), Reason.IMAGE_FETCHING),
+    (host(images=(), fetches=(Fetch(IMAGE, FetchState.FETCHING, 40),)), want(), Reason.IMAGE_FETCHING),
+    (host(images=(), fetches=(Fetch(IMAGE, FetchState.FAILED),)), want(), Reason.NO_IMAGE),
     (failing(host()), want(), Reason.RESTING),
     (host(usage=Usage(200, 0, 0)), want(), Reason.SESSIONS_FULL),
     (host(usage=Usage(1, 31, 0)), want(), Reason.CPUS_SHORT),
