@@ -9,7 +9,7 @@ from werkzeug.wrappers import Response
 
 from deskfleet.portal import actions
 from deskfleet.portal.errors import Problem, Refused
-from deskfleet.portal.fleet import LONGEST_TEXT
+from deskfleet.portal.fleet import LONGEST_TEXT, images_on
 from deskfleet.portal.services import services
 from deskfleet.portal.views import checked
 from deskfleet.portal.web import admin_only
@@ -46,6 +46,7 @@ def _fleet() -> dict[str, object]:
         held[desktop.host] += desktop.resources.gpus
     return {
         "hosts": hosts,
+        "images": {host.name: images_on(host.report, parts.catalogue.machines()) for host in hosts},
         "gpus_held": held,
         "desktops": live,
         "queues": queues,
@@ -73,7 +74,10 @@ def host_page(host: str) -> str:
 def _host_page(host: str, problem: Problem | None = None) -> str:
     found = services().fleet.host(host)
     desktops = [desktop for desktop in services().desktops.live() if desktop.host == host]
-    return render_template("host.html", host=found, desktops=desktops, problem=problem, longest=LONGEST_TEXT)
+    images = images_on(found.report, services().catalogue.machines())
+    return render_template(
+        "host.html", host=found, images=images, desktops=desktops, problem=problem, longest=LONGEST_TEXT
+    )
 
 
 @admin.post("/hosts/<host>/drain")

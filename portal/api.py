@@ -20,7 +20,7 @@ from deskfleet.portal import actions, api_schemas, words
 from deskfleet.portal.audit import Entry
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
-from deskfleet.portal.fleet import HostView, QueueView
+from deskfleet.portal.fleet import HostView, QueueView, images_on
 from deskfleet.portal.launching import Wish, offered
 from deskfleet.portal.logins import TokenInfo
 from deskfleet.portal.services import services
@@ -181,6 +181,18 @@ def ticket(sid: str) -> dict[str, object]:
 def hosts() -> list[HostView]:
     """The hosts. For administrators."""
     return services().fleet.hosts()
+
+
+@blueprint.get("/hosts/<host>")
+@admin_only
+@blueprint.response(200, api_schemas.OneHostSchema)
+def one_host(host: str) -> dict[str, object]:
+    """One host, and the images that it holds or fetches. For administrators."""
+    found = services().fleet.host(host)
+    shown = {
+        name: getattr(found, name) for name in ("name", "draining", "dead", "message", "seen_s", "guests", "report")
+    }
+    return {**shown, "images": images_on(found.report, services().catalogue.machines())}
 
 
 @blueprint.post("/hosts/<host>/drain")

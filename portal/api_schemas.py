@@ -242,6 +242,25 @@ class HostSchema(Schema):
     report = fields.Nested(ReportSchema, allow_none=True)
 
 
+class ImageSchema(Schema):
+    """An image on a host, or on its way there; `machines` are the catalogue's names for it. `state` is held, fetching,
+    waiting or failed; `mib` is 0 while it is unknown."""
+
+    sha256 = fields.Str()
+    machines = fields.List(fields.Str())
+    state = fields.Str()
+    percent = fields.Int()
+    mib = fields.Int()
+    fault = fields.Str()
+    detail = fields.Str()
+
+
+class OneHostSchema(HostSchema):
+    """A host with its images."""
+
+    images = fields.List(fields.Nested(ImageSchema))
+
+
 class QueueSchema(Schema):
     """A queue; figures are null while they are unknown, `problem` says why."""
 

@@ -50,12 +50,30 @@ def queues(portal: Portal, as_json: bool) -> None:
 
 @click.group()
 def host() -> None:
-    """Take a host out of use, or back. For administrators."""
+    """Look at a host, take it out of use, or back. For administrators."""
 
 
 def _change(portal: Portal, as_json: bool, name: str, verb: str, body: dict[str, Any], sentence: str) -> None:
     portal.call("POST", f"/hosts/{part(name)}/{verb}", body)
     show(as_json, {"host": name, "asked": verb}, lambda: printable(f"{name}: {sentence}"))
+
+
+@host.command("show")
+@click.argument("name")
+@remote
+def show_host(portal: Portal, as_json: bool, name: str) -> None:
+    """One host, and the images that it holds or fetches."""
+    content = portal.call("GET", f"/hosts/{part(name)}")
+    fields = ("HOST", "STATE", "HEARD", "GUESTS", "CPUS", "LOAD", "FREE MIB", "PROBLEMS")
+    rows = [
+        (i["sha256"][:12], ", ".join(i["machines"]), words.image_state(i["state"], i["percent"], i["mib"], i["detail"]))
+        for i in content["images"]
+    ]
+    show(
+        as_json,
+        content,
+        lambda: "\n".join([table(fields, [_host(content)]), "", table(("IMAGE", "MACHINES", "STATE"), rows)]),
+    )
 
 
 @host.command()

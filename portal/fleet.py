@@ -5,10 +5,12 @@ A figure that is not fresh is unknown; an old one is never shown as if it were t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy.exc import DBAPIError
 
@@ -18,6 +20,7 @@ from deskfleet.portal.records import Records
 from deskfleet.runtime.bus import AccessRefused, Bus, BusDown, BusError, Outgoing, QueueDepth, QueueMissing
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.host import Host, HostReport, Phase
+from deskfleet.schemas.machine import Machine
 from deskfleet.schemas.messages import DrainRequested, ExtendRequested, HostDeclaredDead
 from deskfleet.schemas.topology import COMMANDS, DEAD, SCHEDULER_COMMANDS, SCHEDULER_QUESTIONS, core, host_queue
 from deskfleet.schemas.wire import encode
@@ -58,6 +61,39 @@ class HostView:
     def guests(self) -> int:
         """How many guests it runs."""
         return sum(1 for guest in self.report.guests if guest.phase is not Phase.ENDED) if self.report else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ImageView:
+    """An image on a host, or on its way there; `machines` are the names under which the catalogue has it. `state` is
+    "held" or that of a fetch, whose fields the others are."""
+
+    sha256: str
+    machines: tuple[str, ...]
+    state: str
+    percent: int = 100
+    mib: int = 0
+    fault: str = ""
+    detail: str = ""
+
+
+def images_on(report: HostReport | None, machines: Mapping[str, Machine]) -> list[ImageView]:
+    """The images of a host: what is on its way first, then what it holds, by machine."""
+    if report is None:
+        return []
+    names: dict[str, list[str]] = {}
+    for name in sorted(machines):
+        names.setdefault(machines[name].sha256, []).append(name)
+
+    def view(sha256: str, state: str, *rest: Any) -> ImageView:
+        return ImageView(sha256, tuple(names.get(sha256, ())), state, *rest)
+
+    coming = [
+        view(fetch.sha256, fetch.state, fetch.percent, fetch.mib, fetch.fault or "", fetch.detail)
+        for fetch in report.fetches or ()
+    ]
+    held = [view(sha256, "held") for sha256 in report.images]
+    return coming + sorted(held, key=lambda image: (not image.machines, image.machines, image.sha256))
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,15 @@ def ladder(low: int, default: int, high: int) -> list[int]:
     return sorted(steps)
 
 
+def image_state(state: str, done: int, mib: int, detail: str) -> str:
+    """How far an image is on a host: held; fetching, 40 % of 19.5 GiB; waits for its turn; failed: …"""
+    if state == "fetching":
+        return f"fetching, {done} %" + (f" of {memory(mib)}" if mib else "")
+    if state == "failed":
+        return f"could not be fetched: {detail}"
+    return "waits for its turn" if state == "waiting" else state
+
+
 def percent(part: float, whole: float) -> int:
     """How full something is, 0 to 100; 0 when it has no size."""
     return max(0, min(100, round(100 * part / whole))) if whole > 0 else 0
