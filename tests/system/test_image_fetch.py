@@ -23,7 +23,7 @@ def wait(condition: Callable[[], object], what: str) -> None:
 
 def test_a_launch_of_an_image_on_no_host_leads_to_a_fetch_and_a_desktop() -> None:
     with short_folder() as own, image_source() as source:
-        agent = {"images": str(own), "image_source": source.url, "image_room_mib": 16}
+        agent = {"images": str(own), "image_source": source.url, "image_room_mib": 16, "image_rate_mib_s": 0.4}
         with running_fleet(1, overrides={"agent": agent}) as fleet:
             for path in (fleet.state / "images").glob("tiny.*"):
                 source.content[path.name] = path.read_bytes()

@@ -12,6 +12,7 @@ import requests
 from click.testing import CliRunner, Result
 from flask import Flask, jsonify
 from support.bus_harness import MemoryHarness
+from support.portals import report
 from werkzeug.serving import make_server
 
 from deskfleet.ledger.engine import check_revision, open_engine
@@ -28,6 +29,7 @@ from deskfleet.runtime.service import SystemClock
 from deskfleet.runtime.settings import load
 from deskfleet.schemas.config import SECTIONS
 from deskfleet.schemas.errors import Reason
+from deskfleet.schemas.host import Fetch, FetchState
 from deskfleet.schemas.messages import (
     DrainRequested,
     HostDeclaredDead,
@@ -335,6 +337,7 @@ def test_a_size_outside_the_range_is_refused_in_words(portal: str, parts: Servic
     [
         ["hosts"],
         ["queues"],
+        ["host", "show", "h1"],
         ["host", "drain", "h1"],
         ["host", "undrain", "h1"],
         ["host", "declare-dead", "h1", "--yes"],
@@ -383,6 +386,23 @@ def test_a_host_is_drained_and_declared_dead(
     with ledger(config).begin() as tx:
         tx.set_dead("h1", True)
     assert remote(portal, root, "hosts").stdout.splitlines()[1].split()[:2] == ["h1", "dead"]
+
+
+def test_a_host_is_shown_with_its_images(portal: str, parts: Services, config: Path) -> None:
+    fetch = Fetch("2" * 64, FetchState.FETCHING, 40, 20_000)
+    with ledger(config).begin() as tx:
+        tx.add_host("h1")
+        tx.save_reports([(report("h1", images=("1" * 64,), fetches=(fetch,)), SystemClock().wall())])
+    root = token(parts, "root")
+    lines = remote(portal, root, "host", "show", "h1").stdout.splitlines()
+    assert lines[1].split()[:2] == ["h1", "ready"]
+    assert [line.split() for line in lines[3:]] == [
+        ["IMAGE", "MACHINES", "STATE"],
+        ["2" * 12, "-", "fetching,", "40", "%", "of", "19.5", "GiB"],
+        ["1" * 12, "-", "held"],
+    ]
+    shown = json.loads(remote(portal, root, "host", "show", "h1", "--json").stdout)
+    assert [image["state"] for image in shown["images"]] == ["fetching", "held"]
 
 
 def test_the_help_says_when_to_declare_a_host_dead() -> None:

@@ -19,17 +19,20 @@ from pathlib import Path
 
 import psutil
 import pytest
+from marshmallow import ValidationError
 from support.guests import short_folder
 from support.image_source import ImageSource, image_source
 
 from deskfleet.agent.fetch import DAY_S, Fetcher, Source
 from deskfleet.agent.fetch_store import Mark, Store, StoreError, address, aged, outdated
 from deskfleet.agent.images import FETCHED, Disks, ImageIndex
+from deskfleet.agent.settings import AgentSchema
 from deskfleet.runtime.certificates import Authority
 from deskfleet.runtime.secret import Secret
 from deskfleet.schemas.host import FetchFault, FetchState
 from deskfleet.schemas.machine import Format
 from deskfleet.schemas.messages import CatalogueImage, HostImages
+from deskfleet.schemas.wire import encode
 
 LIMIT = 60.0
 RAW = os.urandom(1 << 20)
@@ -122,7 +125,7 @@ def test_what_is_wanted_is_fetched_counted_and_marked(site: Site, source: ImageS
             fetcher.told(told(IMAGE, wanted=[IMAGE]))
             await until(lambda: SHA256 in site.index.digests())
             assert fetcher.catalogue == told(IMAGE).digest
-            await until(lambda: fetcher.report() == () and not fetcher.problems())
+            await until(lambda: fetcher.report() == () and not fetcher.problems() and site.news == 3)
 
     run(work())
     path = site.index.path(SHA256)
@@ -130,7 +133,6 @@ def test_what_is_wanted_is_fetched_counted_and_marked(site: Site, source: ImageS
     assert path.stat().st_mode & 0o777 == 0o644
     assert site.names() == {f"{SHA256}.raw", f"{SHA256}.json"}
     assert site.store.marks() == {SHA256: Mark("office.raw", Format.RAW)}
-    assert site.news >= 3
     again = ImageIndex(site.images, site.images.parent / "images.json")
     again.refresh()
     assert again.digests() == {SHA256}
@@ -386,8 +388,6 @@ asyncio.run(main())
 
 
 def test_kill_9_in_the_middle_of_a_fetch_and_the_next_agent_goes_on_with_it(site: Site, source: ImageSource) -> None:
-    from deskfleet.schemas.wire import encode
-
     source.hang = len(RAW) * 3 // 4
     line = [sys.executable, "-c", _AGENT, str(site.images.parent), source.url]
     kind, body = encode(told(IMAGE, wanted=[IMAGE]))
@@ -423,6 +423,28 @@ def test_kill_9_in_the_middle_of_a_fetch_and_the_next_agent_goes_on_with_it(site
     with contextlib.suppress(psutil.NoSuchProcess):
         worker.wait(LIMIT)
     assert site.names() == {f"{SHA256}.raw", f"{SHA256}.json"}
+
+
+# --- settings -------------------------------------------------------------------------------------------------
+
+HOST = {"host": "h1", "broker_url": "amqp://x", "console_address": "h1:6080"}
+
+
+def test_where_images_may_come_from() -> None:
+    for good in ("", "/srv/images", "http://h/images", "https://h.example.org:8443/a/b/"):
+        loaded = AgentSchema().load({**HOST, "image_source": good})
+        assert loaded.source.source == good and loaded.source.keep_days == 0 and not loaded.source.prefetch
+    for bad in (
+        "images", "ftp://h/a", "file:///srv", "https://", "https://u:p@h/", "https://h/?a", "https://h/#a",
+        "https://h/a b", "https://h:99999/", "https://[/",
+    ):  # fmt: skip
+        with pytest.raises(ValidationError, match="must be an absolute path"):
+            AgentSchema().load({**HOST, "image_source": bad})
+    for pair in ({"image_source": "http://h/", "image_token": "t"}, {"image_source": "/srv", "image_token": "t"}):
+        with pytest.raises(ValidationError, match="over https only"):
+            AgentSchema().load({**HOST, **pair})
+    with pytest.raises(ValidationError, match="at least"):
+        AgentSchema().load({**HOST, "image_rate_mib_s": 0.01})
 
 
 # --- what may be deleted ----------------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ ACCESS = {
     "api.make_token": "person",
     "api.drop_token": "person",
     "api.hosts": "admin",
+    "api.one_host": "admin",
     "api.drain": "admin",
     "api.declare_dead": "admin",
     "api.undrain": "admin",
