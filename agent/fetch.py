@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -171,7 +172,7 @@ class Fetcher:
         try:
             await asyncio.to_thread(self._store.open)
             self._begun = await asyncio.to_thread(self._store.halves)
-        except StoreError as error:
+        except (StoreError, OSError) as error:
             if self.problem != str(error)[:400]:
                 log.error("%s", error)
             self.problem = str(error)[:400]
@@ -209,8 +210,7 @@ class Fetcher:
             state.at = self._now() + 1.0
         except (FetchFailed, OSError) as error:
             headway = state.done > before
-            fault = error.fault if isinstance(error, FetchFailed) else FetchFault.UNWRITABLE
-            await self._failed(image, state, fault, str(error), headway=headway)
+            await self._failed(image, state, _fault(error), str(error), headway=headway)
         else:
             self._begun.discard(image.sha256)
             del self._tries[image.sha256]
@@ -347,6 +347,12 @@ class Fetcher:
             self._disks.forget(sha256)
             self._store.delete(sha256, marks[sha256])
             self._changed()
+
+
+def _fault(error: FetchFailed | OSError) -> FetchFault:
+    if isinstance(error, FetchFailed):
+        return error.fault
+    return FetchFault.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else FetchFault.UNWRITABLE
 
 
 def _size(told: object, before: int) -> int:

@@ -90,7 +90,7 @@ class ImageIndex:
             if known:
                 found[name] = known
         # What came while others were being hashed.
-        found |= {name: known for name, known in self._vouched.items() if self._look(name) == known}
+        found |= {name: known for name, known in list(self._vouched.items()) if self._look(name) == known}
         if found != self._known or self._unsaved:
             self._known, self._unsaved = found, False
             self._remember()

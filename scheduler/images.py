@@ -73,12 +73,12 @@ class Images:
 
     def seek(self, wants: Iterable[Want], at: Moment) -> None:
         """Choose who fetches for those who wait."""
-        if all(host.fetches is None for host in self._fleet.hosts.values()):
-            self._chosen.clear()
-            return
         shapes: dict[tuple[object, ...], Want] = {}
         for want in wants:
             shapes.setdefault(want.shape, want)
+        if not shapes or all(host.fetches is None for host in self._fleet.hosts.values()):
+            self._chosen.clear()
+            return
         self._chosen = {shape: row for shape, row in self._chosen.items() if shape in shapes}
         old = [shape for shape in shapes if at.now - self._looked(shape) >= self._again_s]
         for shape in sorted(old, key=self._looked)[:MOST_SOUGHT]:

@@ -62,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404 if body is None else source.status)
             return
         start = self._start(body)
-        rest = body[start:]
+        rest = body[start + source.range_shift if start else 0 :]
         self.send_response(206 if start else 200)
         if source.etag:
             self.send_header("ETag", source.etag)

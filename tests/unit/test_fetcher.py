@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -133,6 +134,9 @@ def test_what_is_wanted_is_fetched_counted_and_marked(site: Site, source: ImageS
     assert path.stat().st_mode & 0o777 == 0o644
     assert site.names() == {f"{SHA256}.raw", f"{SHA256}.json"}
     assert site.store.marks() == {SHA256: Mark("office.raw", Format.RAW)}
+    site.index.refresh()
+    remembered = json.loads((site.images.parent / "images.json").read_text())
+    assert remembered[f"{FETCHED}/{SHA256}.raw"][-1] == SHA256, "it would be hashed again after a restart"
     again = ImageIndex(site.images, site.images.parent / "images.json")
     again.refresh()
     assert again.digests() == {SHA256}
@@ -327,6 +331,23 @@ def test_c28_no_room_is_said_before_a_byte_is_fetched(site: Site, source: ImageS
 
     run(work())
     assert source.requests == [] and site.names() == set()
+
+
+def test_c28_a_disk_without_a_byte_left_is_given_back_what_was_fetched(
+    site: Site, source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(site.store, "describe", full)
+
+    async def work() -> None:
+        async with working(site.fetcher(source)) as fetcher:
+            fetcher.told(told(IMAGE, wanted=[IMAGE]))
+            await until(lambda: the_only(fetcher) == (FetchState.FAILED, FetchFault.NO_SPACE))
+
+    run(work())
+    assert site.names() == set()
 
 
 def test_an_image_folder_has_one_agent_that_fetches(site: Site, source: ImageSource) -> None:
