@@ -139,8 +139,10 @@ async def _run(settings: AgentSettings, *, purge: bool) -> int:
 async def _look_at_machine(service: Service, settings: AgentSettings) -> None:
     """Tell administrators, with the host, what is not as it should be. Beside the work: guests must not wait for it."""
     findings = await asyncio.to_thread(look, this_machine(settings, running=True))
-    # What KVM lacks was said when the accelerator was chosen.
-    service.remark([finding.line for finding in findings if finding.level is not Level.GOOD and finding.name != "kvm"])
+    # What KVM and control groups lack was said when they were set up.
+    told = ("kvm", "limits")
+    bad = [finding for finding in findings if finding.level is not Level.GOOD and finding.name not in told]
+    service.remark([finding.line for finding in bad])
 
 
 def _alarm(error: BusError, trouble: list[str]) -> None:

@@ -4,10 +4,12 @@ No value that a person typed reaches these lists: sizes are numbers, names are i
 are checked by pattern before they come here. Block devices are JSON and commas in other paths are doubled, so nothing
 in a path can become an option.
 
-The device list depends on machine and size alone, because a guest can only be restored from saved memory with the
-very devices that it was saved with. Facts about qemu 7.2 behind the choices:
+The device list depends on machine, size and volumes alone, because a guest can only be restored from saved memory with
+the very devices that it was saved with. Facts about qemu 7.2 behind the choices:
 - the seccomp sandbox forbids -daemonize and -runas, so qemu runs in the foreground of a session of its own;
 - a QMP socket serves one client and lets a second one hang, so there is one for the agent and one for rescue;
+- a file server for the guest (vhost-user) must be given the guest's memory, so that is then a shared memfd;
+- a full disk pauses the guest (werror=enospc) and any other error is the guest's own;
 - the outermost `backing` of a -blockdev replaces what the overlay's header says, and `backing: null` under the
   image cuts a chain that a hostile image might have.
 """
@@ -16,12 +18,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID
 
 from deskfleet.agent.devices import HUGE_PAGE_MIB
+from deskfleet.agent.volumes import Kind, Mount, told
 from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.messages import VmStart
 
@@ -71,6 +74,10 @@ class Paths:
         """The channel of qemu-guest-agent. The agent holds it open: qemu-ga spins while nobody does."""
         return self.run / "qga.sock"
 
+    def share(self, tag: str) -> Path:
+        """The socket of the file server of one volume."""
+        return self.run / f"{tag}.fs"
+
     @property
     def vars(self) -> Path:
         """UEFI variables of this guest."""
@@ -99,13 +106,17 @@ def qemu(
     *,
     accel: str,
     network_fd: int | None,
+    tap: bool = False,
+    mounts: Sequence[Mount] = (),
     huge: bool = False,
     roms: Mapping[str, str] | None = None,
     binary: str = "qemu-system-x86_64",
 ) -> list[str]:
-    """qemu's argument list. `network_fd` is qemu's end of the socket pair to passt, None for no network; `huge` takes
-    the memory from huge pages; `roms` are files for functions of the GPU, by address, and "" hides a function's own."""
+    """qemu's argument list. `network_fd` is qemu's end of the socket pair to passt, or a tap device's; None for no
+    network. `huge` takes the memory from huge pages; `roms` are files for functions of the GPU, by address, and ""
+    hides a function's own."""
     want = start.resources
+    shared = any(mount.volume.kind is Kind.VIRTIOFS for mount in mounts)
     return [
         binary,
         "-nodefaults",
@@ -122,7 +133,7 @@ def qemu(
         _cpu(start.os, accel),
         "-smp",
         f"cpus={want.cpus}",
-        *_memory(want.memory_mib, huge=huge),
+        *_memory(want.memory_mib, huge=huge, shared=shared),
         "-machine",
         f"{MACHINE_TYPE},memory-backend=ram",
         "-rtc",
@@ -145,7 +156,8 @@ def qemu(
         *_firmware(start, paths),
         *_disks(start, paths),
         *_devices(start, paths),
-        *_network(start, network_fd),
+        *_network(start, network_fd, tap=tap),
+        *_volumes(paths, mounts),
         *_gpus(start, roms or {}),
     ]
 
@@ -166,9 +178,13 @@ def memory_mib(wanted: int, *, huge: bool) -> int:
     return -(-wanted // HUGE_PAGE_MIB) * HUGE_PAGE_MIB if huge else wanted
 
 
-def _memory(wanted: int, *, huge: bool) -> list[str]:
+def _memory(wanted: int, *, huge: bool, shared: bool) -> list[str]:
     # Pages of a memfd are promised when it is mapped, so a guest that lacks some fails at its start and never later.
-    kind = f"memory-backend-memfd,hugetlb=on,hugetlbsize={HUGE_PAGE_MIB}M" if huge else "memory-backend-ram"
+    kind = "memory-backend-memfd" if huge or shared else "memory-backend-ram"
+    if huge:
+        kind += f",hugetlb=on,hugetlbsize={HUGE_PAGE_MIB}M"
+    if shared:
+        kind += ",share=on"
     size = memory_mib(wanted, huge=huge)
     return ["-m", f"size={size}M", "-object", f"{kind},id=ram,size={size}M"]
 
@@ -205,7 +221,7 @@ def _disks(start: VmStart, paths: Paths) -> list[str]:
         disk["backing"] = backing
     fast = start.drivers is Drivers.VIRTIO
     device = "virtio-blk-pci,drive=disk" if fast else "ide-hd,drive=disk,bus=ide.0"  # the AHCI of the board
-    return [*_blockdev(**disk), "-device", f"{device},bootindex=1", *cd]
+    return [*_blockdev(**disk), "-device", f"{device},bootindex=1,werror=enospc,rerror=report", *cd]
 
 
 def _driver(image: Format) -> str:
@@ -239,17 +255,34 @@ def _devices(start: VmStart, paths: Paths) -> list[str]:
     ]
 
 
-def _network(start: VmStart, network_fd: int | None) -> list[str]:
+def _network(start: VmStart, network_fd: int | None, *, tap: bool) -> list[str]:
     if network_fd is None:
         return []
+    stream = f"stream,id=net,server=off,addr.type=fd,addr.str={network_fd}"
     card = "virtio-net-pci" if start.drivers is Drivers.VIRTIO else "e1000e"
     return [
         "-netdev",
-        f"stream,id=net,server=off,addr.type=fd,addr.str={network_fd}",
+        f"tap,id=net,fd={network_fd}" if tap else stream,
         "-device",
         # No option ROM: nobody boots from the network, and loading it costs boot time.
         f"{card},netdev=net,mac={mac_of(start.sid)},romfile=",
     ]
+
+
+def _volumes(paths: Paths, mounts: Sequence[Mount]) -> list[str]:
+    if not mounts:
+        return []
+    arguments = ["-fw_cfg", f"name=opt/deskfleet/mounts,string={told(mounts).replace(',', ',,')}"]
+    for number, mount in enumerate(mounts):
+        tag = mount.volume.tag
+        if mount.volume.kind is Kind.NINE_P:
+            # Modes and owners as they are, for a guest that can change none of them.
+            local = f"local,id=fs{number},path={plain(mount.path)},security_model=none,multidevs=remap,readonly=on"
+            arguments += ["-fsdev", local, "-device", f"virtio-9p-pci,fsdev=fs{number},mount_tag={tag}"]
+        else:
+            arguments += ["-chardev", f"socket,id=fs{number},path={plain(paths.share(tag))}"]
+            arguments += ["-device", f"vhost-user-fs-pci,chardev=fs{number},tag={tag}"]
+    return arguments
 
 
 def _gpus(start: VmStart, roms: Mapping[str, str]) -> list[str]:

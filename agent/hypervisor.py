@@ -318,6 +318,7 @@ class QemuHypervisor:
             if stray:
                 stray.kill()
                 os.close(stray.pidfd)
+        self._starter.clear(sid)
         self._take_back(sid)
         shutil.rmtree(self._config.run / sid, ignore_errors=True)
         if self._config.inputs:
@@ -338,7 +339,7 @@ class QemuHypervisor:
 
     def leftovers(self) -> set[str]:
         """The sids that have files here."""
-        return {path.name for path in self._config.run.iterdir()} | self._disks.present()
+        return {path.name for path in self._config.run.iterdir()} | self._disks.present() | self._starter.left()
 
 
 async def _greets(path: Path) -> bool:

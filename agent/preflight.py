@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from deskfleet.agent import cgroups, share
 from deskfleet.agent.devices import HUGE_PAGE_MIB, HUGE_PAGES, free_huge_pages
 from deskfleet.agent.settings import AgentSettings
+from deskfleet.agent.volumes import IDS, USER, Kind
 from deskfleet.schemas.host import Gpu
 
 _OLDEST_QEMU = (7, 2)
@@ -172,12 +174,46 @@ def _network(machine: Machine) -> list[Finding]:
         return _good("network", "guests get none, as it is set")
     if not machine.is_root:
         return [Finding("network", Level.BAD, "the agent is not root, so guests get no network", "Run it as root")]
-    for program, package in (("passt", "passt"), ("nft", "nftables")):
-        if machine.run([program, "--version"])[0]:
+    bridged = machine.settings.network == "bridge"
+    for program, package in (("ip", "iproute2") if bridged else ("passt", "passt"), ("nft", "nftables")):
+        if machine.run([program, "-V" if program == "ip" else "--version"])[0]:
             return [
                 Finding("network", Level.BAD, f"{program} is missing, so guests get no network", f"Install {package}")
             ]
-    return _good("network", "passt and nftables are there")
+    if not bridged:
+        return _good("network", "passt and nftables are there")
+    name = machine.settings.bridge
+    if not (machine.root / "sys/class/net" / name / "bridge").is_dir():
+        text = f"there is no bridge {name}, so guests get no network"
+        return [Finding("network", Level.BAD, text, "Make it in the host's network settings, or set another")]
+    if not (machine.root / "dev/net/tun").exists():
+        return [Finding("network", Level.BAD, "no /dev/net/tun, so guests get no network", "Load the module tun")]
+    return _good("network", f"the bridge {name}, iproute2 and nftables are there")
+
+
+def _limits(machine: Machine) -> list[Finding]:
+    why = cgroups.missing(machine.root / str(machine.settings.cgroup).lstrip("/"))
+    if not why:
+        return _good("limits", "CPU, memory and processes of guests are limited by control groups")
+    advice = "It takes control groups of version 2 and deskfleet-guests.service, or another delegated group as cgroup"
+    return [Finding("limits", Level.WARN, f"guests are not fully limited: {why}", advice)]
+
+
+def _volumes(machine: Machine) -> list[Finding]:
+    found: list[Finding] = []
+    for volume in machine.settings.volumes:
+        name, path = f"volume {volume.tag}", volume.path.removesuffix(f"/{USER}")
+        if not (machine.root / path.lstrip("/")).is_dir():
+            advice = "Make it, mount it, or let the agent's unit see it; launches that want it are refused"
+            found.append(Finding(name, Level.BAD, f"no folder {path}", advice))
+        elif volume.kind is Kind.VIRTIOFS and not any(
+            (machine.root / program.lstrip("/")).is_file() for program in share.PROGRAMS
+        ):
+            text = "virtiofsd is missing, so launches that want it are refused"
+            found.append(Finding(name, Level.BAD, text, "Install virtiofsd (on Debian 12: qemu-system-common)"))
+        else:
+            found += _good(name, f"{volume.path}, by {volume.kind}, {'read-only' if volume.read_only else 'writable'}")
+    return found or _good("volumes", "none are set")
 
 
 def _disk(machine: Machine) -> list[Finding]:
@@ -253,20 +289,28 @@ def _ports(machine: Machine) -> list[Finding]:
 
 def _uids(machine: Machine) -> list[Finding]:
     uids = machine.settings.uids
+    ranges = [("the guests' range", uids)]
+    for volume in machine.settings.volumes:
+        if volume.kind is Kind.VIRTIOFS:
+            ranges.append((f"volume {volume.tag}'s range", range(volume.owner, volume.owner + IDS)))
     try:
         users = (machine.root / "etc/passwd").read_text().splitlines()
     except OSError:
         return []
     fields = [line.split(":") for line in users]
-    taken = [entry[0] for entry in fields if len(entry) > 2 and entry[2].isdigit() and int(entry[2]) in uids]
-    if taken:
-        text = f"{', '.join(taken[:3])} have user ids of the guests' range {uids.start}-{uids.stop - 1}"
-        return [Finding("user ids", Level.BAD, text, "Set first_uid and last_uid to a range that nobody uses")]
-    return _good("user ids", f"{uids.start}-{uids.stop - 1} belong to nobody else")
+    found = []
+    for whose, ids in ranges:
+        taken = [entry[0] for entry in fields if len(entry) > 2 and entry[2].isdigit() and int(entry[2]) in ids]
+        if taken:
+            text = f"{', '.join(taken[:3])} have user ids of {whose} {ids.start}-{ids.stop - 1}"
+            advice = "Set first_uid and last_uid, or the volume's owner, to a range that nobody uses"
+            found.append(Finding("user ids", Level.BAD, text, advice))
+    return found or _good("user ids", f"{uids.start}-{uids.stop - 1} belong to nobody else")
 
 
 LOOKS: tuple[Callable[[Machine], list[Finding]], ...] = (
-    _kvm, _nesting, _qemu, _iommu, _gpus, _huge_pages, _vgpus, _network, _uids, _disk, _clock, _broker, _tls, _ports,
+    _kvm, _nesting, _qemu, _iommu, _gpus, _huge_pages, _vgpus, _network, _limits, _volumes, _uids, _disk, _clock,
+    _broker, _tls, _ports,
 )  # fmt: skip
 
 

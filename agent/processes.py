@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -20,6 +21,19 @@ from pathlib import Path
 from typing import Protocol
 
 _PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a program may take at most: bytes of its largest file and of locked memory (None: as much as ourselves),
+    and a control group that it lives in, its threads and children too."""
+
+    file_size: int | None = None
+    locked: int | None = None
+    group: Path | None = None
+
+
+NO_LIMITS = Limits()
 
 
 class Spawn(Protocol):
@@ -34,6 +48,7 @@ class Spawn(Protocol):
         log: Path,
         fds: Sequence[int],
         groups: Sequence[int] = (),
+        limits: Limits = NO_LIMITS,
     ) -> int: ...
 
 
@@ -45,27 +60,54 @@ def spawn(
     log: Path,
     fds: Sequence[int],
     groups: Sequence[int] = (),
+    limits: Limits = NO_LIMITS,
 ) -> int:
     """Start a program in a session of its own, as user `uid` with these supplementary groups (None: as ourselves),
-    with its output in `log`."""
+    with its output in `log`.
+
+    prlimit(1) sets the limits of itself and becomes the program: Python code between fork and exec could hang, since
+    the agent has threads, and another user's process can't be limited from outside without more rights than ours. The
+    pid goes into the control group while prlimit still runs, so what the program allocates is counted.
+    """
     with log.open("ab") as output:
         process = subprocess.Popen(
-            list(argv),
+            [*_prlimit(limits), *argv],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             cwd=cwd,
             pass_fds=tuple(fds),
             start_new_session=True,
+            # SIGXFSZ stays ignored, as Python has it: a file that has reached its limit is an error for whoever writes,
+            # and not the end of the program.
+            restore_signals=False,
             umask=0o077,
             user=uid,
             group=uid,
             extra_groups=None if uid is None else list(groups),
         )
-    pid = process.pid
+    if limits.group is not None:
+        try:
+            (limits.group / "cgroup.procs").write_text(str(process.pid))
+        except OSError:  # nothing may run without the limits that it was meant to have
+            process.kill()
+            process.wait()
+            raise
     # The event loop waits by pidfd, for our children and for those of a former agent alike.
     process.returncode = 0
-    return pid
+    return process.pid
+
+
+def _prlimit(limits: Limits) -> list[str]:
+    words = []
+    for name, kind, wanted in (
+        ("fsize", resource.RLIMIT_FSIZE, limits.file_size),
+        ("memlock", resource.RLIMIT_MEMLOCK, limits.locked),
+    ):
+        if wanted is not None:
+            _, most = resource.getrlimit(kind)  # no more than we may ourselves
+            words.append(f"--{name}={wanted if most == resource.RLIM_INFINITY else min(wanted, most)}")
+    return ["prlimit", *words, "--"] if words or limits.group else []
 
 
 @dataclass(slots=True)

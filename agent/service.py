@@ -16,6 +16,7 @@ from typing import IO
 from deskfleet.agent import guard
 from deskfleet.agent.accel import Accel
 from deskfleet.agent.bridge import Bridge
+from deskfleet.agent.cgroups import GroupError, Groups
 from deskfleet.agent.console import UsedNonces
 from deskfleet.agent.core import Agent
 from deskfleet.agent.devices import kvm_groups
@@ -25,6 +26,7 @@ from deskfleet.agent.fetch_store import Store
 from deskfleet.agent.hypervisor import QemuHypervisor
 from deskfleet.agent.images import Disks, ImageIndex
 from deskfleet.agent.journal import FileJournal
+from deskfleet.agent.lan import Lan
 from deskfleet.agent.lending import GpuLending, Reset, reset
 from deskfleet.agent.link import Link
 from deskfleet.agent.pictures import Pictures
@@ -98,6 +100,11 @@ class Service:
         self._nonces.chmod(0o700)
         self._images = ImageIndex(settings.images, state / "images.json")
         self._uids = settings.uids if os.geteuid() == 0 else None
+        self._lan = (
+            Lan(settings.host, settings.bridge, settings.blocked_networks, isolated=settings.bridge_isolated)
+            if settings.network == "bridge"
+            else None
+        )
         config = Config(
             run=settings.run,
             accel=accel.name,
@@ -109,6 +116,10 @@ class Service:
             hugepages=settings.hugepages,
             gpu_roms=settings.gpu_roms,
             inputs=inputs,
+            lan=self._lan,
+            limits=self._limits(),
+            volumes=settings.volumes,
+            floor_mib=settings.disk_floor_mib,
             ready_s=settings.ready_s,
             powerdown_s=settings.powerdown_s,
         )
@@ -159,14 +170,28 @@ class Service:
         try:
             if self._uids is None:
                 raise guard.GuardError("the agent is not root, so guests can't be told apart from it")
-            if shutil.which("passt") is None:
+            guard.apply(self._settings.host, self._uids.start, self._uids.stop - 1, self._settings.blocked_networks)
+            if self._lan:
+                self._lan.guard()
+            elif shutil.which("passt") is None:
                 raise guard.GuardError("passt is not installed")
-            guard.apply(self._settings.host, self._uids.start, self._uids.stop - 1)
         except guard.GuardError as error:
             log.error("guests get no network: %s", error)
             self._problems.append(f"guests get no network: {error}"[:400])
             return "none"
-        return "passt"
+        return self._settings.network
+
+    def _limits(self) -> Groups | None:
+        """The guests' control groups; what they can't limit is told."""
+        if self._uids is None:
+            return None
+        groups = Groups(self._settings.cgroup, self._settings.host)
+        try:
+            groups.prepare()
+        except GroupError as error:
+            log.warning("guests are not fully limited: %s", error)
+            self._problems.append(f"guests are not fully limited: {error}"[:400])
+        return groups
 
     def _gpus(self) -> tuple[Gpu, ...]:
         return self.lending.gpus(self._held())
@@ -215,6 +240,8 @@ class Service:
             self.hypervisor.clean(sid)
         self.bridge.stop()
         guard.remove(self._settings.host)
+        if self._lan:
+            self._lan.remove()
         return len(running)
 
     async def run(self, stop: asyncio.Event) -> None:

@@ -7,19 +7,26 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from deskfleet.agent import argv as build
-from deskfleet.agent import devices
+from deskfleet.agent import devices, share
+from deskfleet.agent.cgroups import Groups, Size
 from deskfleet.agent.images import Disks, ImageIndex
-from deskfleet.agent.processes import Process, Spawn, arguments, pids
+from deskfleet.agent.lan import Lan, LanError
+from deskfleet.agent.processes import Limits, Process, Spawn, arguments, pids
+from deskfleet.agent.volumes import Kind, Mount, Volume, VolumeError, mounts, ready
 from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.machine import Firmware
 from deskfleet.schemas.messages import VmStart
 
 _LAST_WORDS = 2000
+_TRIES = 200
+_FILE_SLACK = 64 << 20
+_GPU_SLACK = 1 << 30
+_LOCKED = 8 << 20  # what every process may on a Linux of today
 
 
 class LaunchError(DeskfleetError):
@@ -35,9 +42,10 @@ class LaunchError(DeskfleetError):
 class Config:
     """How guests run here; times in seconds. `uids` is the range of user ids that guests get, one each; None lets
     them run as the agent's own user (for an agent that is not root). `groups` are what their qemu may belong to
-    besides, `network` is passt or none, `sysfs` and `dev` are where devices are found, `inputs` is where
-    the console bridge tells of input, `hugepages` says whose memory is made of them ("off", "gpu", "all"), `gpu_roms`
-    which ROM files GPUs get, by PCI address or ids."""
+    besides, `network` is passt, bridge (then `lan` is it) or none, `sysfs` and `dev` are where devices are found,
+    `inputs` is where the console bridge tells of input, `hugepages` says whose memory is made of them ("off", "gpu",
+    "all"), `gpu_roms` which ROM files GPUs get, by PCI address or ids. Where disks are, `floor_mib` stay free. `limits`
+    holds the guests' control groups, `volumes` is what they see of this host."""
 
     run: Path
     accel: str
@@ -49,6 +57,10 @@ class Config:
     inputs: Path | None = None
     hugepages: str = "off"
     gpu_roms: Mapping[str, str] = field(default_factory=dict)
+    lan: Lan | None = None
+    limits: Groups | None = None
+    volumes: tuple[Volume, ...] = ()
+    floor_mib: int = 0
     ready_s: float = 30.0
     powerdown_s: float = 10.0
     quit_s: float = 5.0
@@ -79,11 +91,27 @@ class Starter:
         """
         image = self._images.path(start.sha256)
         paths = self.paths(start.sid, image)
+        found = mounts(self._config.volumes, start.machine, start.user)
+        await asyncio.to_thread(self._check, found)
         uid = self._make_home(paths)
         disk = await self._disks.create(start.sid, image, start.sha256, start.format, start.resources.disk_gib)
         if uid is not None:
             os.chown(disk, uid, uid)
-        return self._run(paths, start, uid)
+        return self._run(paths, start, uid, found)
+
+    def _check(self, found: Sequence[Mount]) -> None:
+        """What this host must have before anything is made. Volumes may be on a slow network: not on the event loop."""
+        free = self._disks.free()
+        if free < self._config.floor_mib << 20:
+            text = f"{free >> 20} MiB are free for disks, and {self._config.floor_mib} are kept for desktops that run"
+            raise LaunchError(Reason.NO_SPACE, text)
+        try:
+            for mount in found:
+                if mount.volume.kind is Kind.VIRTIOFS and (self._config.uids is None or not share.program()):
+                    raise VolumeError(f"volume {mount.volume.tag}: virtiofs needs virtiofsd, and an agent that is root")
+                ready(mount)
+        except VolumeError as error:
+            raise LaunchError(Reason.VOLUME_UNAVAILABLE, str(error)) from None
 
     def _make_home(self, paths: build.Paths) -> int | None:
         """The guest's folder, of its own user."""
@@ -103,34 +131,58 @@ class Starter:
                 return uid
         raise LaunchError(Reason.SPAWN_FAILED, "every user id of the guests' range is taken")
 
-    def _run(self, paths: build.Paths, start: VmStart, uid: int | None) -> Process:
+    def _run(self, paths: build.Paths, start: VmStart, uid: int | None, found: Sequence[Mount]) -> Process:
         if start.firmware is Firmware.UEFI:
             shutil.copyfile(build.OVMF_VARS, paths.vars)
             paths.vars.chmod(0o600)
             if uid is not None:
                 os.chown(paths.vars, uid, uid)
+        want = start.resources
+        size = Size(want.cpus, want.memory_mib, emulated=self._config.accel != "kvm")
+        group = self._config.limits.create(start.sid, size) if self._config.limits else None
         with contextlib.ExitStack() as ends:
-            network = None
-            if self._config.network == "passt":
-                ours, theirs = socket.socketpair()
-                ends.enter_context(ours)
-                ends.enter_context(theirs)
-                network = ours.fileno()
-                self._start_passt(paths.run / "passt.log", theirs.fileno(), uid)
+            network = self._connect(start, paths, uid, group, ends)
+            for mount in found:
+                if mount.volume.kind is Kind.VIRTIOFS:
+                    self._start_share(start.sid, paths, mount, uid, group)
             line = build.qemu(
                 start,
                 paths,
                 accel=self._config.accel,
                 network_fd=network,
+                tap=self._config.network == "bridge",
+                mounts=found,
                 huge=self._huge(start),
                 roms=self._lend_gpu(start, uid) if start.gpu_addresses else {},
             )
             fds = [] if network is None else [network]
-            pid = self._spawn(line, uid=uid, cwd=paths.run, log=paths.log, fds=fds, groups=self._config.groups)
+            limits = _limits(start, self._disks.virtual_size(start.sid), group)
+            pid = self._spawn(
+                line, uid=uid, cwd=paths.run, log=paths.log, fds=fds, groups=self._config.groups, limits=limits
+            )
         process = Process.hold(pid)
         if process is None:
             raise LaunchError(Reason.QEMU_EXITED, last_words(paths))
         return process
+
+    def _connect(
+        self, start: VmStart, paths: build.Paths, uid: int | None, group: Path | None, ends: contextlib.ExitStack
+    ) -> int | None:
+        """qemu's end of the guest's network, open until `ends`; None when it gets none."""
+        if self._config.network == "passt":
+            ours, theirs = socket.socketpair()
+            ends.enter_context(ours)
+            ends.enter_context(theirs)
+            self._serve(build.passt(theirs.fileno()), theirs, paths.run / "passt.log", uid, group)
+            return ours.fileno()
+        if self._config.network == "bridge" and self._config.lan:
+            try:
+                plug = self._config.lan.plug(build.mac_of(start.sid))
+            except LanError as error:
+                raise LaunchError(Reason.NETWORK_FAILED, str(error)) from None
+            ends.callback(os.close, plug)
+            return plug
+        return None
 
     def _huge(self, start: VmStart) -> bool:
         """Whether the guest's memory is made of huge pages; LaunchError when there are too few."""
@@ -159,14 +211,59 @@ class Starter:
         except OSError as error:
             raise LaunchError(Reason.GPU_UNAVAILABLE, f"{error.filename}: {error.strerror}") from error
 
-    def _start_passt(self, words: Path, fd: int, uid: int | None) -> None:
+    def _start_share(self, sid: str, paths: build.Paths, mount: Mount, uid: int | None, group: Path | None) -> None:
+        """Start the server of a volume; qemu may connect at once, whether it accepts already or not."""
+        volume = mount.volume
+        with socket.socket(socket.AF_UNIX) as listener:
+            path = paths.share(volume.tag)
+            listener.bind(str(path))
+            listener.listen(1)
+            if uid is not None:
+                os.chown(path, uid, uid)
+            line = share.command(sid, listener.fileno(), mount)
+            self._serve(line, listener, paths.run / f"{volume.tag}.log", None, group)
+
+    def clear(self, sid: str) -> None:
+        """Remove what is left beside folder and disk of a guest whose qemu is gone or dies. Called before its folder
+        is removed."""
+        if any(self.paths(sid).run.glob("*.fs")):
+            for pid in pids():
+                if share.serves(sid, arguments(pid)) and (stray := Process.hold(pid)):
+                    stray.kill()
+                    os.close(stray.pidfd)
+        if self._config.lan:
+            self._config.lan.unplug(build.mac_of(sid))
+        if self._config.limits:
+            self._remove_group(sid, _TRIES)
+
+    def _remove_group(self, sid: str, tries: int) -> None:
+        """The kernel ends processes when it gets to it, and keeps their group until then."""
+        if self._config.limits and not self._config.limits.remove(sid) and tries:
+            self._loop.call_later(0.05, self._remove_group, sid, tries - 1)
+
+    def left(self) -> set[str]:
+        """The sids that have control groups."""
+        return self._config.limits.present() if self._config.limits else set()
+
+    def _serve(self, line: list[str], end: socket.socket, words: Path, uid: int | None, group: Path | None) -> None:
+        """Start a program that serves the guest on this socket, and ends by itself when qemu closes the other end."""
         try:
-            pid = self._spawn(build.passt(fd), uid=uid, cwd=Path("/"), log=words, fds=[fd])
+            pid = self._spawn(line, uid=uid, cwd=Path("/"), log=words, fds=[end.fileno()], limits=Limits(group=group))
         except OSError as error:
-            raise LaunchError(Reason.NETWORK_FAILED, f"passt: {error.strerror}") from error
+            reason = Reason.NETWORK_FAILED if line[0] == "passt" else Reason.SPAWN_FAILED
+            raise LaunchError(reason, f"{line[0]}: {error.strerror}") from error
         process = Process.hold(pid)
-        if process:  # it ends by itself when qemu closes the socket; this only reaps it
+        if process:  # only to reap it
             process.watch(self._loop, lambda: None)
+
+
+def _limits(start: VmStart, disk: int, group: Path | None) -> Limits:
+    """What qemu may take, whatever the guest makes it do. Its largest file is the overlay: all of the disk, and
+    qcow2's tables, which take 10 bytes for each 64 KiB (a sixth of the slack here); or the memory's memfd. Memory is
+    locked for a GPU alone, which reads and writes it by itself."""
+    memory = start.resources.memory_mib << 20
+    locked = memory + _GPU_SLACK if start.gpu_addresses else _LOCKED
+    return Limits(max(disk + disk // 1024, memory) + _FILE_SLACK, locked, group)
 
 
 def last_words(paths: build.Paths) -> str:

@@ -79,6 +79,7 @@ class Reason(StrEnum):
     QEMU_EXITED = "qemu_exited"
     START_TIMEOUT = "start_timeout"
     NETWORK_FAILED = "network_failed"
+    VOLUME_UNAVAILABLE = "volume_unavailable"
     SPAWN_FAILED = "spawn_failed"
     STATE_UNWRITABLE = "state_unwritable"
     AGENT_RESTARTED = "agent_restarted"
@@ -133,6 +134,7 @@ SENTENCES: dict[Reason, str] = {
     Reason.QEMU_EXITED: "The virtual machine ended while it was starting.",
     Reason.START_TIMEOUT: "The virtual machine did not show a display in time.",
     Reason.NETWORK_FAILED: "The desktop's network could not be set up.",
+    Reason.VOLUME_UNAVAILABLE: "A folder that the desktop needs can't be reached on the host. Ask an administrator.",
     Reason.SPAWN_FAILED: "The host could not start the virtual machine's programs.",
     Reason.STATE_UNWRITABLE: "The host cannot write its records, so it starts nothing.",
     Reason.AGENT_RESTARTED: "The host's agent restarted before the desktop was up.",

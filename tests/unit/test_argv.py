@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deskfleet.agent.argv import SANDBOX, Paths, gpus_of, mac_of, passt, qemu, uuid_of
+from deskfleet.agent.volumes import Kind, Mount, Volume
 from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.messages import VmStart
 from deskfleet.schemas.session import Resources
@@ -83,7 +84,7 @@ def test_paths_with_commas_stay_paths() -> None:
 def test_devices_follow_the_kind_of_system() -> None:
     linux = values(line(replace(START, os=Os.LINUX, video=Video.VIRTIO), network_fd=9), "-device")
     assert "virtio-vga" in linux and "virtio-tablet-pci" in linux and "virtio-keyboard-pci" in linux
-    assert "virtio-blk-pci,drive=disk,bootindex=1" in linux
+    assert "virtio-blk-pci,drive=disk,bootindex=1,werror=enospc,rerror=report" in linux
     assert any(device.startswith("virtio-net-pci,netdev=net,mac=52:54:00:") for device in linux)
     windows = values(line(replace(START, os=Os.WINDOWS), network_fd=9), "-device")
     assert "usb-tablet,bus=usb.0" in windows and any(d.startswith("virtio-net-pci") for d in windows)
@@ -93,7 +94,7 @@ def test_devices_follow_the_kind_of_system() -> None:
 @pytest.mark.parametrize("system", list(Os))
 def test_compatible_drivers_mean_no_virtio_for_disk_network_and_pointer(system: Os) -> None:
     devices = values(line(replace(START, os=system, drivers=Drivers.COMPATIBLE), network_fd=9), "-device")
-    assert "ide-hd,drive=disk,bus=ide.0,bootindex=1" in devices
+    assert "ide-hd,drive=disk,bus=ide.0,bootindex=1,werror=enospc,rerror=report" in devices
     assert any(device.startswith("e1000e,netdev=net,") for device in devices)
     assert not any(device.startswith(("virtio-blk", "virtio-net", "virtio-tablet")) for device in devices)
 
@@ -160,6 +161,38 @@ def test_network_is_a_socket_pair_or_nothing() -> None:
     assert values(line(), "-netdev") == []
     assert values(line(network_fd=9), "-netdev") == ["stream,id=net,server=off,addr.type=fd,addr.str=9"]
     assert "--no-map-gw" in passt(5) and "none" in passt(5)
+
+
+def test_on_a_bridge_the_network_is_a_tap_device() -> None:
+    argv = qemu(START, PATHS, accel="tcg", network_fd=9, tap=True)
+    assert values(argv, "-netdev") == ["tap,id=net,fd=9"]
+    assert any(device.endswith(f"mac={mac_of(SID)},romfile=") for device in values(argv, "-device"))
+
+
+def volume(tag: str, kind: Kind, path: str = "/srv/v") -> Volume:
+    return Volume(tag, path, kind, kind is Kind.NINE_P, f"/mnt/{tag}", 300_000, create=False)
+
+
+def test_volumes_are_read_only_9p_and_shared_memory_for_virtiofs() -> None:
+    nine = Mount(volume("course", Kind.NINE_P), Path("/srv/course"))
+    home = Mount(volume("home", Kind.VIRTIOFS), Path("/srv/home"), "ann")
+    argv = qemu(START, PATHS, accel="tcg", network_fd=None, mounts=(nine, home))
+    assert values(argv, "-fsdev") == ["local,id=fs0,path=/srv/course,security_model=none,multidevs=remap,readonly=on"]
+    assert "virtio-9p-pci,fsdev=fs0,mount_tag=course" in values(argv, "-device")
+    assert "vhost-user-fs-pci,chardev=fs1,tag=home" in values(argv, "-device")
+    assert f"socket,id=fs1,path=/r/{SID}/home.fs" in values(argv, "-chardev")
+    assert "memory-backend-memfd,share=on,id=ram,size=256M" in values(argv, "-object")
+    told = "name=opt/deskfleet/mounts,string=course 9p ro /mnt/course\nhome virtiofs rw /mnt/home\n"
+    assert told in values(argv, "-fw_cfg")
+    without = qemu(START, PATHS, accel="tcg", network_fd=None, mounts=(nine,))
+    assert "memory-backend-ram,id=ram,size=256M" in values(without, "-object")
+
+
+def test_c26_a_volume_s_path_is_nothing_but_a_path() -> None:
+    mount = Mount(volume("course", Kind.NINE_P), Path("/srv/a,readonly=off,b"))
+    (local,) = values(qemu(START, PATHS, accel="tcg", network_fd=None, mounts=(mount,)), "-fsdev")
+    assert "path=/srv/a,,readonly=off,,b,security_model=none" in local and local.endswith(",readonly=on")
+    assert "passthrough" not in local
 
 
 def test_addresses_are_stable_and_differ() -> None:

@@ -11,7 +11,8 @@ import pytest
 from support.hosts import gpu
 
 from deskfleet.agent.preflight import LOOKS, Finding, Level, Machine, as_json, as_text, look
-from deskfleet.agent.settings import AgentSchema, AgentSettings
+from deskfleet.agent.settings import AgentSchema, AgentSettings, VolumeSchema
+from deskfleet.agent.volumes import Volume
 
 DEVICES = "\n".join(f'name "{name}"' for name in ("virtio-vga", "virtio-net-pci", "virtio-blk-pci", "usb-tablet"))
 KEY = "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----"
@@ -21,6 +22,7 @@ ANSWERS = {
     "qemu-img --version": (0, ""),
     "passt --version": (0, ""),
     "nft --version": (0, ""),
+    "ip -V": (0, ""),
     "timedatectl show --property=NTPSynchronized --value": (0, "yes\n"),
     "openssl x509": (0, KEY),
     "openssl pkey": (0, KEY),
@@ -45,6 +47,12 @@ def machine(tmp_path: Path) -> Machine:
     (tmp_path / "tls").mkdir()
     for name in ("cert", "key", "ca"):
         (tmp_path / "tls" / name).touch()
+    groups = tmp_path / "sys/fs/cgroup/system.slice/deskfleet-guests.service"
+    groups.mkdir(parents=True)
+    (groups / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    for folder in ("sys/class/net/br0/bridge", "dev/net/tun", "srv/home", "usr/lib/qemu"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "usr/lib/qemu/virtiofsd").touch()
     return Machine(
         settings=settings(),
         root=tmp_path,
@@ -83,6 +91,12 @@ def away(_: Path) -> tuple[int, int, int]:
     raise FileNotFoundError(2, "No such file or directory")
 
 
+def volume(**changes: object) -> Volume:
+    made: Volume = VolumeSchema().load({"tag": "home", "path": "/srv/home/{user}", "kind": "virtiofs"})
+    return replace(made, **changes)  # type: ignore[arg-type]
+
+
+BRIDGED = settings(network="bridge", bridge="br0")
 TROUBLE = [
     ({"probe": lambda accel, _: "exit 3" if accel == "kvm" else ""}, "kvm", Level.WARN),
     ({"probe": lambda *_: "exit 1"}, "kvm", Level.BAD),
@@ -94,6 +108,11 @@ TROUBLE = [
     ({"memlock": lambda: 64 << 20}, "memlock", Level.BAD),
     ({"is_root": False}, "network", Level.BAD),
     ({"run": answering(**{"passt --version": (127, "")})}, "network", Level.BAD),
+    ({"settings": replace(BRIDGED, bridge="br7")}, "network", Level.BAD),
+    ({"settings": BRIDGED, "run": answering(**{"ip -V": (127, "")})}, "network", Level.BAD),
+    ({"settings": settings(cgroup=Path("/sys/fs/cgroup/none"))}, "limits", Level.WARN),
+    ({"settings": settings(volumes=(volume(path="/srv/gone"),))}, "volume home", Level.BAD),
+    ({"settings": settings(volumes=(volume(owner=900),))}, "user ids", Level.BAD),
     ({"settings": settings(uids=range(900, 1100))}, "user ids", Level.BAD),
     ({"disk": lambda _: (1 << 30, 200 << 30, 1000)}, "disk", Level.WARN),
     ({"disk": lambda _: (100 << 30, 200 << 30, 0)}, "disk", Level.BAD),
@@ -140,6 +159,21 @@ def test_slices_of_a_gpu_are_listed_and_said_not_to_be_offered(machine: Machine,
     (finding,) = trouble(machine)
     assert finding.name == "vgpu 0000:01:00.0" and "listed, not offered yet" in finding.text
     assert "GRID A100-2-10C (3 left, vfio-pci)" in finding.text and "i915-GVTg_V5_4 (? left" in finding.text
+
+
+def test_a_bridge_and_volumes_that_are_there_are_good(machine: Machine, tmp_path: Path) -> None:
+    found = replace(machine, settings=replace(BRIDGED, volumes=(volume(),)))
+    assert trouble(found) == []
+    (tmp_path / "dev/net/tun").rmdir()
+    (tmp_path / "usr/lib/qemu/virtiofsd").unlink()
+    assert [finding.name for finding in trouble(found)] == ["network", "volume home"]
+
+
+def test_what_control_groups_lack_is_named(machine: Machine, tmp_path: Path) -> None:
+    file = tmp_path / "sys/fs/cgroup/system.slice/deskfleet-guests.service/cgroup.controllers"
+    file.write_text("cpu hugetlb\n")
+    (finding,) = trouble(machine)
+    assert finding.level is Level.WARN and "no control of memory, pids" in finding.text
 
 
 def test_without_an_iommu_gpus_are_out(machine: Machine, tmp_path: Path) -> None:
