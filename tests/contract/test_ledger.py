@@ -135,7 +135,7 @@ def test_a_generation_is_claimed_once(writer: Writer) -> None:
         assert tx.hosts()[0].generation == 9
 
 
-def test_a_gpu_is_held_once_and_freed_with_its_session(writer: Writer) -> None:
+def test_i3_a_gpu_is_held_once_and_freed_with_its_session(writer: Writer) -> None:
     one, two = a_session(1), a_session(2)
     held = place(one, "h1", 1, ("0000:01:00.0",))
     with writer.begin() as tx:

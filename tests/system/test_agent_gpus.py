@@ -5,6 +5,7 @@ With a real card behind a real IOMMU: test_gpu_passthrough.py.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -71,6 +72,30 @@ def test_a_gpu_goes_all_the_way_to_qemu_and_back_into_use(host: Host, pci: Pci) 
             assert (pci.dev / "vfio/9").stat().st_uid == 0, "taken back"
             assert len(RESETS) == 1
             assert [gpu.offered for gpu in host.service.lending.gpus(())] == [True], "fit again when its end was told"
+
+    scenario(work)
+
+
+def test_a_stop_while_the_gpu_is_checked_does_not_tell_the_end_before_it_is(host: Host, pci: Pci) -> None:
+    async def work() -> None:
+        checking, go_on = asyncio.Event(), asyncio.Event()
+
+        async def slow(gpu: Gpu, dev: Path) -> str:
+            checking.set()
+            await go_on.wait()
+            return await reset(gpu, dev)
+
+        async with await begin(host, pci):
+            host.service.lending._reset = slow
+            host.launch(SID, gpu_addresses=CARD)
+            await host.until(checking.is_set, "the check")
+            host.stop(SID)
+            await host.phase(SID, Phase.STOPPING)
+            await asyncio.sleep(0.1)  # whatever would be told now
+            assert host.service.agent.guests()[0].phase is Phase.STOPPING
+            go_on.set()
+            await host.phase(SID, Phase.ENDED)
+            assert len(RESETS) == 1
 
     scenario(work)
 

@@ -83,12 +83,16 @@ def owner(outer: OuterGuest) -> str:
     return outer.shell(f"stat -c %u /dev/vfio/{group(outer)}")
 
 
-def test_the_next_guest_gets_it_and_nobody_else_at_the_same_time(outer: OuterGuest) -> None:
+def test_the_next_guest_gets_it_and_nobody_else_at_the_same_time_over_a_restart(outer: OuterGuest) -> None:
     assert outer.order(launch=SID[:-1] + "4", gpu=CARD)["said"][-1]["phase"] == "running"
     refused = outer.order(launch=OTHER, gpu=CARD)["said"][-1]
     assert (refused["reason"], refused["ran"]) == ("gpu_unavailable", False)
     outer.until_painted(PAINTED)
-    outer.order(stop=SID[:-1] + "4")
+    outer.order(restart=True)
+    assert owner(outer) == "50000000", "a guest outlives its agent, and keeps its card"
+    assert outer.screen("gpu0") == PAINTED
+    (gpu,) = outer.order(stop=SID[:-1] + "4")["gpus"]
+    assert (gpu["offered"], owner(outer)) == (True, "0"), "the next agent takes it back, and checks it"
 
 
 def test_a_card_that_falls_off_its_bus_is_quarantined_over_a_restart_until_it_is_released(outer: OuterGuest) -> None:

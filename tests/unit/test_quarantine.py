@@ -175,6 +175,7 @@ def test_a_card_that_comes_back_spoilt_is_kept_until_it_is_released(
     with caplog.at_level(logging.ERROR):
         if when == "while in use":
             bench.use(lambda: spoil(bench.pci))
+            assert bench.resets == 1, "what can be seen to be broken is left alone"
         else:
             bench.at_reset = lambda: spoil(bench.pci)
             bench.use()
