@@ -121,6 +121,7 @@ class GpuLending:
         """Look again at which GPUs there are and which are in quarantine, and check those that are new, were released
         or have not been checked yet. `held` gives the functions that guests have."""
         self._found = await asyncio.to_thread(find_gpus, self._sysfs, self._names)
+        self._fit &= {gpu.functions for gpu in self._found if gpu.offered}  # what was away may have been elsewhere
         stored = set(self._stored)  # what comes in while the disk is read is not released
         kept = await asyncio.to_thread(self._ward.load)
         for address in stored - set(kept):

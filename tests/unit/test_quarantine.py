@@ -141,6 +141,16 @@ def test_a_card_is_not_offered_while_it_is_checked(bench: Bench) -> None:
     assert seen == [False] and bench.gpu.offered
 
 
+def test_a_card_that_was_away_is_checked_when_it_is_back(bench: Bench) -> None:
+    bench.refresh()
+    bench.pci.bind(CARD[1], "snd_hda_intel")
+    bench.refresh()
+    assert not bench.gpu.offered and bench.lending.in_quarantine == 0
+    bench.pci.bind(CARD[1], "vfio-pci")
+    bench.refresh()
+    assert bench.gpu.offered and bench.resets == 2
+
+
 def test_a_card_in_use_is_never_reset_by_the_look_around(bench: Bench) -> None:
     bench.held = set(CARD)
     bench.lending.lent(CARD)
