@@ -109,6 +109,8 @@ class Agent:
                 self._watch[entry.sid] = Watch(empty_since=self._now())
                 if entry.phase is Phase.STOPPING:
                     self._hypervisor.shutdown(entry)
+            elif entry.phase is Phase.STOPPING:
+                self._end(entry, entry.outcome or Outcome.STOPPED, entry.reason)
             elif entry.ran:
                 self._end(entry, Outcome.GUEST_OFF, Reason.GUEST_OFF, "it ended while the agent was away")
             else:
