@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import logging
@@ -206,7 +207,11 @@ class Disks:
             raise DiskError(Reason.IMAGE_BAD, f"{image.name}: {refused.fault}: {refused}") from None
         except OSError as error:
             disk.unlink(missing_ok=True)
-            raise DiskError(Reason.NO_SPACE, f"the disk can't be written: {error.strerror}") from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = Reason.NO_SPACE if full else Reason.SPAWN_FAILED
+            raise DiskError(
+                reason, f"the disk can't be made: {error.filename or disk.name}: {error.strerror}"
+            ) from error
         return disk
 
     async def _make(self, template: Path, sid: str, image: Path, facts: Facts, gib: int) -> None:

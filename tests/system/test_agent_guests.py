@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+import resource
 import socket
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -266,24 +269,89 @@ def test_an_image_that_changed_after_it_was_read_is_not_used(
     scenario(work)
 
 
-def test_c28_a_full_disk_is_a_refusal_and_leaves_no_trace(host: Host) -> None:
-    disks = host.folder / "s" / "disks"
-    disks.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=711", "tmpfs", str(disks)], check=True)
+@pytest.mark.parametrize(
+    ("place", "trouble", "reasons"),
+    [
+        ("s/disks", "size=64k", {Reason.NO_SPACE}),
+        ("s/disks", "nr_inodes=1", {Reason.NO_SPACE}),
+        ("s/disks", "remount,ro", {Reason.SPAWN_FAILED}),
+        ("r", "nr_inodes=2", {Reason.NETWORK_FAILED, Reason.SPAWN_FAILED}),
+        ("s/journal", "size=4k", {Reason.STATE_UNWRITABLE}),
+        ("s/journal", "remount,ro", {Reason.STATE_UNWRITABLE}),
+    ],
+)
+def test_c28_trouble_with_a_disk_is_a_refusal_and_leaves_no_trace(
+    host: Host, place: str, trouble: str, reasons: set[Reason]
+) -> None:
+    """Full, without inodes or read-only: it is told as a reason, and when it is over, guests start as before."""
+    host.settings = replace(host.settings, disk_floor_mib=0)
+    folder = host.folder / place
+    folder.mkdir(parents=True)
+
+    def mount(options: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"{options},mode=711", "tmpfs", str(folder)], check=True)
+
+    mount("size=8m,nr_inodes=100")
     try:
 
         async def work() -> None:
             async with await host.start():
-                (disks / "ballast").write_bytes(bytes(60 * 1024))
+                mount(f"remount,size=8m,{trouble}" if "remount" not in trouble else trouble)
+                if "size" in trouble:
+                    with suppress(OSError):
+                        (folder / "ballast").write_bytes(bytes(8 << 20))
                 host.launch(SID)
                 ended = await host.phase(SID, Phase.ENDED)
-                assert (ended.outcome, ended.reason) == (Outcome.FAILED, Reason.NO_SPACE)
-                (disks / "ballast").unlink()
+                assert ended.outcome is Outcome.FAILED and ended.reason in reasons, ended
+                mount("remount,rw,size=8m,nr_inodes=100")
+                (folder / "ballast").unlink(missing_ok=True)
                 assert host.leftovers() == []
+                host.launch(OTHER)
+                await host.phase(OTHER, Phase.RUNNING)
 
         scenario(work)
     finally:
-        subprocess.run(["umount", str(disks)], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_host_without_qemu_says_so(host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with await host.start():
+            with monkeypatch.context() as patched:
+                patched.setenv("PATH", str(tmp_path))
+                host.launch(SID)
+                ended = await host.phase(SID, Phase.ENDED)
+            assert (ended.outcome, ended.reason) == (Outcome.FAILED, Reason.SPAWN_FAILED)
+            assert "qemu" in ended.detail and host.leftovers() == []
+
+    scenario(work)
+
+
+def test_an_agent_at_its_limit_of_files_refuses_and_goes_on_when_there_is_room(host: Host) -> None:
+    async def work() -> None:
+        async with await host.start():
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            highest = max(int(number) for number in os.listdir("/proc/self/fd"))
+            held: list[int] = []
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, hard))
+            try:
+                with suppress(OSError):
+                    while True:
+                        held.append(os.open("/dev/null", os.O_RDONLY))
+                host.launch(SID)
+                ended = await host.phase(SID, Phase.ENDED)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+                for fd in held:
+                    os.close(fd)
+            assert ended.outcome is Outcome.FAILED and ended.reason in (Reason.STATE_UNWRITABLE, Reason.SPAWN_FAILED)
+            host.launch(OTHER)
+            await host.phase(OTHER, Phase.RUNNING)
+            host.stop(OTHER)
+            await host.phase(OTHER, Phase.ENDED)
+            assert host.leftovers() == []
+
+    scenario(work)
 
 
 def test_uefi_firmware_comes_up(host: Host) -> None:
