@@ -143,9 +143,8 @@ def test_a_screen_is_shown_while_it_runs_and_its_last_picture_when_it_ends_by_it
             assert image.size[0] <= 320 and len(image.convert("RGB").getcolors() or ()) > 2, (
                 "a screen with something on it"
             )
-            assert not list((host.run / SID).glob("*.ppm"))
+            await host.until(lambda: not list((host.run / SID).glob("*.ppm")), "the large picture to go")
 
-            await asyncio.sleep(1.5)  # one is taken every second
             qemu_of(SID).kill()
             host.stop(OTHER)
             await host.phase(SID, Phase.ENDED)
