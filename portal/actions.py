@@ -10,10 +10,13 @@ from deskfleet.portal import words
 from deskfleet.portal.auth import Identity, Unavailable, WrongPassword
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.grants import login_grant
 from deskfleet.portal.launching import Wish, prepare
 from deskfleet.portal.services import services
+from deskfleet.portal.shares import MOST as MOST_LINKS
+from deskfleet.portal.shares import Audience, Share
 from deskfleet.portal.throttle import counters
-from deskfleet.portal.web import LOGIN, client_address, own_desktop, person
+from deskfleet.portal.web import LOGIN, client_address, grant, mine, own_desktop, person, someone
 from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.tickets import LIFETIME_S, Mode, Ticket
 from deskfleet.schemas.verdict import Forecast
@@ -61,6 +64,7 @@ def log_out() -> None:
     who = person()
     if isinstance(secret, str):
         services().logins.close(secret)
+        services().grants.revoke([login_grant(secret)])
     browser = {key: session[key] for key in ("browser", "was") if key in session}
     session.clear()
     session.update(browser)
@@ -143,13 +147,18 @@ def ticket(sid: str) -> dict[str, object]:
         Problem: it does not run yet, or not any more.
     """
     desktop, who, parts = own_desktop(sid), person(), services()
+    if desktop.user != who.user:
+        parts.audit.note(who.user, client_address(), "console", sid, f"of {desktop.user}")
+    return _ticket(desktop, who.user, grant())
+
+
+def _ticket(desktop: Desktop, user: str, by: str) -> dict[str, object]:
+    parts = services()
     if desktop.over:
         raise Problem(Refused.ENDED, desktop.sentence)
     if not desktop.running or desktop.unsure:
         raise Problem(Refused.NOT_RUNNING, desktop.sentence)
-    if desktop.user != who.user:
-        parts.audit.note(who.user, client_address(), "console", sid, f"of {desktop.user}")
-    right = Ticket(sid, who.user, desktop.host, desktop.generation, Mode.FULL, secrets.token_hex(16))
+    right = Ticket(desktop.sid, user, by, desktop.host, desktop.generation, Mode.FULL, secrets.token_hex(16))
     signed = parts.tickets.sign(right)
     parts.counts.tickets.inc()
     return {
@@ -158,6 +167,79 @@ def ticket(sid: str) -> dict[str, object]:
         "generation": desktop.generation,
         "expires_in_s": LIFETIME_S,
     }
+
+
+def share(sid: str, audience: Audience, lifetime_s: int, passphrase: str, *, watch: bool) -> tuple[str, Share]:
+    """Make a link by which others may open one's own desktop: its secret, and what is kept of it.
+
+    Raises:
+        Problem: it is not one's own or has ended, the site does not allow it, or it could not be enforced.
+    """
+    desktop, who, parts = mine(sid), person(), services()
+    if desktop.over:
+        raise Problem(Refused.ENDED, desktop.sentence)
+    if parts.settings.sharing == "off" or (audience is Audience.ANYBODY and parts.settings.sharing != "anybody"):
+        raise Problem(Refused.SHARING_OFF)
+    if watch:
+        raise Problem(Refused.WATCH_ONLY)
+    if len(parts.shares.of(sid)) >= MOST_LINKS:
+        raise Problem(Refused.TOO_MANY_LINKS)
+    secret, made = parts.shares.make(sid, who.user, audience, min(lifetime_s, parts.settings.share_max_s), passphrase)
+    parts.audit.note(who.user, client_address(), "share", sid, f"{made.name}, {audience.value}")
+    return secret, made
+
+
+def unshare(sid: str, name: str) -> None:
+    """Take a link back; what is open by it is cut. An administrator may do that for anybody. Raises Problem."""
+    desktop = own_desktop(sid)
+    if not services().shares.revoke(sid, name):
+        raise Problem(Refused.BAD_LINK)
+    services().audit.note(person().user, client_address(), "unshare", sid, f"{name}, of {desktop.user}")
+
+
+def open_link(secret: str, passphrase: str) -> Share:
+    """Look at a link, and check its passphrase.
+
+    Raises:
+        Problem: it opens nothing, needs a login or another passphrase, or was tried too often.
+    """
+    parts = services()
+    found = parts.shares.find(secret)
+    if found is None or not _audience_allows(found):
+        raise Problem(Refused.BAD_LINK)
+    if found.locked:
+        against = counters(found.grant, client_address(), "")
+        wait_s = parts.throttle.begin(against)
+        if wait_s:
+            raise Problem(Refused.SLOW_DOWN, f"Too many tries. Try again in {words.duration(wait_s)}.", wait_s=wait_s)
+        if not parts.shares.opens(found, passphrase):
+            raise Problem(Refused.WRONG_PASSPHRASE)
+        parts.throttle.forgive(against, all_of_it=True)
+    return found
+
+
+def shared_desktop(found: Share) -> Desktop:
+    """The desktop of a link that was opened. Raises Problem when it is gone, or its owner no longer the same."""
+    desktop = services().desktops.find(found.sid)
+    if desktop is None or desktop.user != found.owner or not _audience_allows(found):
+        raise Problem(Refused.BAD_LINK)
+    return desktop
+
+
+def _audience_allows(found: Share) -> bool:
+    """Whether the site and the link let whoever asks in."""
+    sharing = services().settings.sharing
+    if sharing == "off" or (found.audience is Audience.ANYBODY and sharing != "anybody"):
+        return False
+    return found.audience is Audience.ANYBODY or someone() is not None
+
+
+def shared_ticket(found: Share) -> dict[str, object]:
+    """A fresh ticket for the desktop of a link that was opened. Raises Problem."""
+    who = someone()
+    desktop = shared_desktop(found)
+    services().audit.note(who.user if who else "guest", client_address(), "shared console", found.sid, found.name)
+    return _ticket(desktop, who.user if who else "guest", found.grant)
 
 
 def drain(host: str, draining: bool, text: str = "") -> None:

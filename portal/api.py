@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from flask import Flask, Response, jsonify
+from flask import Flask, Response, jsonify, url_for
 from flask_smorest import Api, Blueprint  # type: ignore[import-untyped]
 from marshmallow import ValidationError
 from webargs.flaskparser import FlaskParser
@@ -24,8 +24,10 @@ from deskfleet.portal.fleet import HostView, QueueView, images_on
 from deskfleet.portal.launching import Wish, offered
 from deskfleet.portal.logins import TokenInfo
 from deskfleet.portal.services import services
+from deskfleet.portal.shares import Share
 from deskfleet.portal.web import admin_only, by_token, client_address, own_desktop, person, public
 from deskfleet.schemas.machine import Machine
+from deskfleet.schemas.messages import Console
 
 _SID = re.compile(r"[0-9a-f]{32}")
 _DAY_S = 24 * 3600
@@ -173,6 +175,39 @@ def extend(asked: dict[str, int], sid: str) -> Desktop:
 def ticket(sid: str) -> dict[str, object]:
     """A ticket for the console of a running desktop."""
     return actions.ticket(_desktop(sid).sid)
+
+
+@blueprint.get("/sessions/<sid>/shares")
+@blueprint.response(200, api_schemas.ShareSchema(many=True))
+def shares(sid: str) -> list[Share]:
+    """The links that open a desktop, without their secrets."""
+    return services().shares.of(_desktop(sid).sid)
+
+
+@blueprint.post("/sessions/<sid>/shares")
+@blueprint.arguments(api_schemas.NewShareSchema)
+@blueprint.response(201, api_schemas.MadeShareSchema)
+def make_share(asked: dict[str, Any], sid: str) -> dict[str, Any]:
+    """A link by which others may use the caller's desktop; the link is in this answer and nowhere else."""
+    secret, made = actions.share(
+        _desktop(sid).sid, asked["audience"], asked["lifetime_s"], asked["passphrase"], watch=asked["mode"] == "watch"
+    )
+    link = services().settings.public_url + url_for("sharing.link", link=secret)
+    return {**asdict(made), "link": link}
+
+
+@blueprint.delete("/sessions/<sid>/shares/<name>")
+@blueprint.response(204)
+def drop_share(sid: str, name: str) -> None:
+    """Take a link back; consoles that were opened by it are cut."""
+    actions.unshare(_desktop(sid).sid, name)
+
+
+@blueprint.get("/sessions/<sid>/consoles")
+@blueprint.response(200, api_schemas.ConsoleSchema(many=True))
+def consoles(sid: str) -> list[Console]:
+    """Who has a desktop open, as told a moment ago. Ask again for what is true now."""
+    return services().grants.consoles(_desktop(sid).sid)
 
 
 @blueprint.get("/hosts")

@@ -8,6 +8,7 @@ from marshmallow import RAISE, Schema, fields, post_load, validate
 
 from deskfleet.portal.fleet import LONGEST_TEXT
 from deskfleet.portal.launching import Wish
+from deskfleet.portal.shares import Audience
 
 _MOST = 1 << 40
 
@@ -69,6 +70,15 @@ class NewTokenSchema(_Input):
 
     label = fields.Str(required=True, validate=validate.Length(1, 80))
     days = fields.Int(strict=True, load_default=30, validate=validate.Range(1, 366))
+
+
+class NewShareSchema(_Input):
+    """A new link to a desktop: what its guests may do, who may use it, for how long, and with which passphrase."""
+
+    mode = fields.Str(load_default="full", validate=validate.OneOf(["full", "watch"]))
+    audience = fields.Enum(Audience, by_value=True, load_default=Audience.SIGNED_IN)
+    lifetime_s = fields.Int(strict=True, load_default=3600, validate=validate.Range(60, 366 * 24 * 3600))
+    passphrase = fields.Str(load_default="", validate=validate.Length(max=200))
 
 
 class AuditQuerySchema(_Input):
@@ -290,6 +300,30 @@ class TokenSchema(Schema):
     label = fields.Str()
     created_at = fields.Float()
     expires_at = fields.Float()
+
+
+class ShareSchema(Schema):
+    """A link as it is shown later; `locked` when it asks for a passphrase."""
+
+    name = fields.Str()
+    audience = fields.Enum(Audience, by_value=True)
+    locked = fields.Bool()
+    created_at = fields.Float()
+    expires_at = fields.Float()
+
+
+class MadeShareSchema(ShareSchema):
+    """A new link, which is shown this once."""
+
+    link = fields.Str()
+
+
+class ConsoleSchema(Schema):
+    """An open console; its grant is share-NAME when it was opened by a link."""
+
+    user = fields.Str()
+    grant = fields.Str()
+    open_s = fields.Float()
 
 
 class MadeTokenSchema(TokenSchema):

@@ -22,6 +22,7 @@ from deskfleet.portal.admin import admin
 from deskfleet.portal.api import register as register_api
 from deskfleet.portal.errors import ANSWERS, Problem, Refused
 from deskfleet.portal.services import EXTENSION, Services, services
+from deskfleet.portal.sharing import sharing
 from deskfleet.portal.views import pages
 from deskfleet.portal.web import by_token, check_access, public, someone
 
@@ -79,6 +80,7 @@ def create_app(parts: Services) -> Flask:
 
     app.after_request(_headers)
     app.register_blueprint(pages)
+    app.register_blueprint(sharing)
     app.register_blueprint(admin)
     register_api(app)
     _errors(app)
@@ -176,7 +178,7 @@ def _answer(
         reference = secrets.token_hex(4)
         log.error("reference %s: %s: %s", reference, request.endpoint, cause or problem.reason, exc_info=error)
     response: WerkzeugResponse
-    if request.path.startswith(_API):
+    if request.path.startswith(_API) or request.headers.get("Accept") == "application/json":
         response = jsonify(
             reason=problem.reason.value, message=problem.message, details=list(problem.details), reference=reference
         )

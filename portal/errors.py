@@ -31,6 +31,11 @@ class Refused(StrEnum):
     TOO_MANY_REQUESTS = "too_many_requests"
     NOT_RUNNING = "not_running"
     LONGEST = "longest"
+    SHARING_OFF = "sharing_off"
+    WATCH_ONLY = "watch_only"
+    TOO_MANY_LINKS = "too_many_links"
+    BAD_LINK = "bad_link"
+    WRONG_PASSPHRASE = "wrong_passphrase"  # noqa: S105
     ENDED = "ended"
     COOKIE_NEEDED = "cookie_needed"
     QUEUE_AWAY = "queue_away"
@@ -52,6 +57,17 @@ ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
         HTTPStatus.CONFLICT,
         "This desktop lasts as long as any may already. Save your work, and start another when it has ended.",
     ),
+    Refused.SHARING_OFF: (HTTPStatus.FORBIDDEN, "This site does not allow that desktops are shared in this way."),
+    Refused.WATCH_ONLY: (
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        "Links for watching only can't be made yet: nothing would keep the guest from typing. Nothing was shared.",
+    ),
+    Refused.TOO_MANY_LINKS: (HTTPStatus.CONFLICT, "This desktop has very many links. Take one back first."),
+    Refused.BAD_LINK: (
+        HTTPStatus.NOT_FOUND,
+        "This link opens nothing: its time is over, it was taken back, or it is not complete. Ask for a new one.",
+    ),
+    Refused.WRONG_PASSPHRASE: (HTTPStatus.UNAUTHORIZED, "The passphrase is wrong. Ask whoever gave you the link."),
     Refused.LOGIN_UNAVAILABLE: (
         HTTPStatus.SERVICE_UNAVAILABLE,
         "Your password can't be checked at the moment. It is not your fault; try again in a minute.",

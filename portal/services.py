@@ -21,6 +21,7 @@ from deskfleet.portal.audit import Audit
 from deskfleet.portal.auth import Chain, Method
 from deskfleet.portal.desktops import Desktops
 from deskfleet.portal.fleet import Fleet
+from deskfleet.portal.grants import Grants
 from deskfleet.portal.launching import Seals
 from deskfleet.portal.logins import Logins
 from deskfleet.portal.mail import Notices, sender_over
@@ -29,6 +30,7 @@ from deskfleet.portal.outlook import Forecasts
 from deskfleet.portal.pictures import Pictures
 from deskfleet.portal.records import Records
 from deskfleet.portal.settings import PortalSettings
+from deskfleet.portal.shares import Shares
 from deskfleet.portal.store import Store
 from deskfleet.portal.throttle import Throttle
 from deskfleet.runtime.bus import Bus, run_callback
@@ -73,6 +75,8 @@ class Services:
     fleet: Fleet
     forecasts: Forecasts
     pictures: Pictures
+    grants: Grants
+    shares: Shares
     seals: Seals
     tickets: Tickets
     notices: Notices | None
@@ -82,6 +86,8 @@ class Services:
     def sweep(self) -> None:
         """Send what is not known yet. Failures are logged; the next sweep tries again."""
         run_callback(self.outbox.sweep, "the sweep of stored requests")
+        run_callback(self.shares.sweep, "the sweep of links")
+        run_callback(self.grants.sweep, "the sweep of rights that have ended")
 
     def send_mails(self) -> None:
         """Send the mails that are due, on a thread that may take its time. Failures are logged."""
@@ -96,6 +102,8 @@ class Services:
             ("throttle", self.throttle.prune),
             ("audit", self.audit.prune),
             ("pictures", self.pictures.prune),
+            ("links", self.shares.prune),
+            ("rights", self.grants.prune),
             *([("mails", self.notices.prune)] if self.notices is not None else []),
         ):
             run_callback(prune, f"forgetting old {what}")
@@ -132,6 +140,7 @@ def build(
     accounts = Accounts(store, clock)
     known: dict[str, Method] = {"local": accounts}
     outbox = Outbox(store, reader, bus, clock, defer)
+    grants = Grants(store, bus, replica, clock)
     metrics = Metrics("portal")
     metrics.gauge("requests_waiting", "Stored requests that the scheduler is not seen to know").set_function(
         partial(_count, outbox)
@@ -158,6 +167,8 @@ def build(
         fleet=Fleet(reader, records, bus, clock),
         # Half of the threads may wait for the scheduler, so that the others go on when it is away.
         forecasts=Forecasts(bus, replica, clock, max(1, settings.threads // 2)),
+        grants=grants,
+        shares=Shares(store, grants, clock),
         pictures=Pictures(store, reader, bus, replica, clock),
         seals=Seals(settings.secret_key.reveal()),
         tickets=Tickets([key.reveal() for key in settings.ticket_keys]),

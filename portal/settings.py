@@ -59,6 +59,8 @@ class PortalSettings:
     title: str
     lifetime_default_s: int
     lifetime_max_s: int
+    sharing: str
+    share_max_s: int
     wait_s: int
     login_s: int
     host_silent_s: int
@@ -183,6 +185,8 @@ class PortalSchema(Schema):
     title = fields.Str(load_default="Deskfleet", validate=validate.Length(1, 60))
     lifetime_default_s = _seconds(8 * 3600, 60, 366 * _DAY)
     lifetime_max_s = _seconds(7 * _DAY, 60, 366 * _DAY)
+    sharing = fields.Str(load_default="signed_in", validate=validate.OneOf(["off", "signed_in", "anybody"]))
+    share_max_s = _seconds(_DAY, 60, 366 * _DAY)
     wait_s = _seconds(3600, 10, 366 * _DAY)
     login_s = _seconds(12 * 3600, 60, 30 * _DAY)
     host_silent_s = _seconds(20, 5, 3600)

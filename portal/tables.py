@@ -104,6 +104,33 @@ frame = Table(
     Column("png", LargeBinary, nullable=False),
 )
 
+#: Links by which others open a desktop.
+share = Table(
+    "portal_share",
+    metadata,
+    Column("name", String(16), primary_key=True),
+    Column("digest", String(64), nullable=False, unique=True),
+    Column("sid", String(32), nullable=False),
+    Column("owner", String(320), nullable=False),
+    Column("audience", String(16), nullable=False),
+    Column("passphrase", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Column("revoked_at", Float, nullable=True),
+    Index("ix_portal_share_sid", "sid"),
+    Index("ix_portal_share_expires_at", "expires_at"),
+)
+
+#: Rights to consoles that have ended, for as long as proxies are told.
+revocation = Table(
+    "portal_revocation",
+    metadata,
+    Column("grant", String(32), primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("told_at", Float, nullable=True),
+    Column("next_at", Float, nullable=False),
+)
+
 audit = Table(
     "portal_audit",
     metadata,

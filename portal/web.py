@@ -15,6 +15,7 @@ from flask import current_app, g, request, session
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.grants import login_grant
 from deskfleet.portal.services import services
 
 _View = TypeVar("_View", bound=Callable[..., Any])
@@ -77,6 +78,13 @@ def _look_up() -> Identity | None:
         found = logins.find(secret) if isinstance(secret, str) else None
     # The account may have been disabled, or lost its rights, since.
     return services().chain.current(found) if found else None
+
+
+def grant() -> str:
+    """What the right of whoever asks comes from: the login, or the token that the request carries."""
+    if by_token():
+        return login_grant(request.headers["Authorization"].removeprefix(_BEARER).strip())
+    return login_grant(str(session.get(LOGIN)))
 
 
 def person() -> Identity:

@@ -97,7 +97,7 @@ async def _run(settings: ProxySettings) -> int:
     dialler = Dialler(tls, settings.insecure_plain_hosts, settings.dial_s)
     relay = Relay(loop, settings.half_close_s)
     server = Server(gate, routes, dialler, relay, settings.limits, stats, clock.monotonic)
-    news = News(routes, server, stats, clock)
+    news = News(routes, server, stats, clock, bus, replica)
     metrics = Metrics("proxy")
     metrics.registry.register(Figures(loop, server, routes, stats, "deskfleet_proxy"))
     ops = serve(*address(settings.ops_listen), metrics.registry, lambda: health(bus, routes, clock), clock)

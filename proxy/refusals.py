@@ -21,6 +21,7 @@ class Refused(StrEnum):
     NO_SUCH_PATH = "no_such_path"
     BAD_ORIGIN = "bad_origin"
     BAD_TICKET = "bad_ticket"
+    REVOKED = "revoked"
     TICKET_USED = "ticket_used"
     SESSION_MOVED = "session_moved"
     SESSION_ENDED = "session_ended"
@@ -46,6 +47,7 @@ ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
         "This page may not open a console. Open the desktop from the portal.",
     ),
     Refused.BAD_TICKET: (HTTPStatus.FORBIDDEN, "The console ticket is not valid any more. Reload the desktop's page."),
+    Refused.REVOKED: (HTTPStatus.FORBIDDEN, "The right to open this desktop was taken back."),
     Refused.TICKET_USED: (HTTPStatus.FORBIDDEN, "The console ticket was used before. Reload the desktop's page."),
     Refused.SESSION_MOVED: (
         HTTPStatus.CONFLICT,

@@ -16,6 +16,7 @@ from deskfleet.schemas.tickets import LIFETIME_S, SKEW_S
 
 #: Logins on the broker. It verifies the sender of each message, so a host can speak for itself only.
 SCHEDULER_LOGIN = "scheduler"
+PORTAL_LOGIN = "portal"
 AGENT_LOGIN = "agent-{host}"
 
 _OVER_PHASES = frozenset({Phase.STOPPING, Phase.ENDED})

@@ -23,12 +23,15 @@ from deskfleet.proxy.routes import RouteTable
 from deskfleet.proxy.stats import Stats
 from deskfleet.proxy.tunnel import Ending, Relay, Tunnel, tune
 from deskfleet.runtime.log import context
+from deskfleet.schemas.messages import Console
+from deskfleet.schemas.tickets import LIFETIME_S, SKEW_S, Ticket
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 4096
 _ACCEPTS_AT_ONCE = 64
 _LINGER_S = 2.0
+_TICKET_S = 2.0 * (LIFETIME_S + SKEW_S)
 #: accept(2) fails with these while the process or the machine is short of something; trying at once would spin.
 _SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
@@ -65,7 +68,9 @@ class Server:
         self._waiting: dict[asyncio.Task[None] | None, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._taken: Counter[str] = Counter()
-        self._tunnels: dict[str, set[Tunnel]] = {}
+        self._tunnels: dict[str, dict[Tunnel, Ticket]] = {}
+        #: Grants that were revoked lately, and when: a ticket that was signed before may still come.
+        self._revoked: dict[str, float] = {}
 
     def listen(self, host: str, port: int) -> int:
         """Start accepting on an address (a literal, IPv4 or IPv6, zone allowed; [::] means both); return the port.
@@ -98,6 +103,21 @@ class Server:
         for tunnel in doomed:
             tunnel.close("cut")
         return len(doomed)
+
+    def revoke(self, grant: str) -> int:
+        """Close what was opened by a grant, and open nothing by it any more; return how many were closed."""
+        now = self._now()
+        self._revoked = {known: at for known, at in self._revoked.items() if now - at < _TICKET_S} | {grant: now}
+        doomed = [tunnel for group in self._tunnels.values() for tunnel, by in group.items() if by.grant == grant]
+        for tunnel in doomed:
+            tunnel.close("cut")
+        return len(doomed)
+
+    def consoles(self, sid: str) -> tuple[Console, ...]:
+        """The open consoles of a session."""
+        now = self._loop.time()
+        group = self._tunnels.get(sid, {})
+        return tuple(Console(by.user, by.grant, now - tunnel.opened_at) for tunnel, by in group.items())
 
     def stop_accepting(self) -> None:
         """Close the listeners; what waits in their queues is accepted first, as closing would reset it."""
@@ -207,6 +227,7 @@ class Server:
 
     async def _open(self, sock: socket.socket, admission: Admission) -> None:
         ticket = admission.ticket
+        self._check_grant(ticket)
         route = self._routes.find(ticket.sid, ticket.generation, ticket.host, self._now())
         if self._taken.total() >= self._limits.tunnels:
             raise Refusal(Refused.PROXY_FULL)
@@ -222,6 +243,7 @@ class Server:
                 # The session may have ended, or moved, while the host was asked.
                 if self._routes.find(ticket.sid, ticket.generation, ticket.host, self._now()) != route:
                     raise Refusal(Refused.SESSION_MOVED)
+                self._check_grant(ticket)
             except Refusal:
                 host.close()
                 raise
@@ -229,16 +251,20 @@ class Server:
             self._release(ticket.sid)
             raise
         tunnel = Tunnel(self._relay, route, sock, host, self._closed)
-        self._tunnels.setdefault(ticket.sid, set()).add(tunnel)
+        self._tunnels.setdefault(ticket.sid, {})[tunnel] = ticket
         self._stats.opened += 1
         with context(sid=route.sid, host=route.host):
             log.info("console %d opened by %s from %s", route.generation, ticket.user, admission.client)
         tunnel.start(switching(admission.upgrade, granted) + granted.early)
 
+    def _check_grant(self, ticket: Ticket) -> None:
+        if ticket.grant in self._revoked:
+            raise Refusal(Refused.REVOKED)
+
     def _closed(self, tunnel: Tunnel) -> None:
         sid = tunnel.route.sid
         group = self._tunnels[sid]
-        group.remove(tunnel)
+        del group[tunnel]
         if not group:
             del self._tunnels[sid]
         self._release(sid)

@@ -9,30 +9,35 @@ from collections.abc import Iterable, Mapping
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from deskfleet.proxy.routes import RouteTable, WrongSender
+from deskfleet.proxy.routes import PORTAL_LOGIN, RouteTable, WrongSender
 from deskfleet.proxy.server import Server
 from deskfleet.proxy.stats import Stats
-from deskfleet.runtime.bus import Bus, Delivery
+from deskfleet.runtime.bus import Bus, Delivery, Outgoing
 from deskfleet.runtime.metrics import Health, counter_of, gauge_of
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DecodeError
 from deskfleet.schemas.host import HostBeat, HostReport
-from deskfleet.schemas.messages import SessionChanged
-from deskfleet.schemas.wire import decode
+from deskfleet.schemas.messages import ConsolesAsked, ConsolesListed, GrantRevoked, SessionChanged
+from deskfleet.schemas.topology import VIEWERS
+from deskfleet.schemas.wire import decode, encode
 
 log = logging.getLogger(__name__)
 
 EXPIRE_S = 30.0
+_ANSWER_S = 5.0
 
 
 class News:
-    """Feeds the routes from the bus, and cuts consoles whose session has ended."""
+    """Feeds the routes from the bus, cuts consoles whose session or right has ended, and tells portals who is there.
+    `replica` names this process on the bus."""
 
-    def __init__(self, routes: RouteTable, server: Server, stats: Stats, clock: Clock) -> None:
+    def __init__(self, routes: RouteTable, server: Server, stats: Stats, clock: Clock, bus: Bus, replica: str) -> None:
         self._routes = routes
         self._server = server
         self._stats = stats
         self._clock = clock
+        self._bus = bus
+        self._replica = replica
 
     def on_connect(self) -> None:
         """From now on heartbeats come in."""
@@ -59,8 +64,23 @@ class News:
         elif isinstance(message, SessionChanged):
             if self._routes.announce(delivery.sender, message, now):
                 self._server.cut(message.sid)
+        elif isinstance(message, GrantRevoked | ConsolesAsked):
+            if delivery.sender != PORTAL_LOGIN:
+                raise WrongSender(f"a {delivery.type} from {delivery.sender or 'nobody'}")
+            if isinstance(message, GrantRevoked):
+                self._server.revoke(message.grant)
+            else:
+                self._list(message)
         else:
             raise WrongSender(f"a {delivery.type} from {delivery.sender or 'nobody'}, which no proxy takes")
+
+    def _list(self, asked: ConsolesAsked) -> None:
+        """Tell a portal who has a desktop open here. Those who have not are many, and silent."""
+        consoles = self._server.consoles(asked.sid)
+        if consoles and self._bus.connected:
+            kind, body = encode(ConsolesListed(self._replica, asked.sid, consoles))
+            answer = Outgoing(VIEWERS, asked.replica, kind, body, durable=False, mandatory=False, ttl_seconds=_ANSWER_S)
+            self._bus.publish(answer)
 
     async def expire(self) -> None:
         """Forget old routes, now and then, until cancelled."""

@@ -42,14 +42,14 @@ def permission(login: str, configure: str, write: str, read: str, vhost: str = "
 
 def services(passwords: Mapping[str, str], vhost: str = "/") -> dict[str, Any]:
     """The logins of scheduler, portal and proxy; `passwords` by these names."""
-    core = r"^(commands|events|dead|scheduler\..*)$"
-    own = r"^(answers|pictures)\."
+    core = r"^(commands|events|dead|consoles|viewers|scheduler\..*)$"
+    own = r"^(answers|pictures|viewers)\."
     return {
         "users": [user(name, passwords[name]) for name in ("scheduler", "portal", "proxy")],
         "permissions": [
             permission("scheduler", core, core, core, vhost),
-            permission("portal", own, rf"({own}|^commands$)", rf"({own}|^events$)", vhost),
-            permission("proxy", r"^proxy\.", r"^proxy\.", r"^(proxy\..*|events)$", vhost),
+            permission("portal", own, rf"({own}|^(commands|consoles)$)", rf"({own}|^(events|viewers)$)", vhost),
+            permission("proxy", r"^proxy\.", r"^(proxy\..*|viewers)$", r"^(proxy\..*|events|consoles)$", vhost),
         ],
     }
 

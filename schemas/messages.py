@@ -200,6 +200,39 @@ class VmReport:
 
 
 @dataclass(frozen=True, slots=True)
+class GrantRevoked:
+    """A login has ended, or a share was taken back: consoles that were opened by it are cut. Idempotent."""
+
+    grant: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConsolesAsked:
+    """A portal process, `replica`, wants to know who has this desktop open. Each proxy answers for itself."""
+
+    sid: str
+    replica: str
+
+
+@dataclass(frozen=True, slots=True)
+class Console:
+    """One open console: whose, by which grant, and for how many seconds."""
+
+    user: str
+    grant: str
+    open_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConsolesListed:
+    """The consoles of a desktop that are open at one proxy process."""
+
+    proxy: str
+    sid: str
+    consoles: tuple[Console, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SessionChanged:
     """The scheduler's announcement: a session is in a new state. Proxies cut consoles on it."""
 
@@ -230,4 +263,7 @@ Message = (
     | HostReport
     | HostBeat
     | SessionChanged
+    | GrantRevoked
+    | ConsolesAsked
+    | ConsolesListed
 )

@@ -23,6 +23,7 @@ LIFETIME_S = 30
 SKEW_S = 5
 SID = re.compile(r"[0-9a-f]{32}")
 NONCE = re.compile(r"[0-9a-f]{32}")
+GRANT = re.compile(r"[a-z]{4,8}-[0-9a-f]{16}")
 
 
 class Mode(StrEnum):
@@ -34,10 +35,11 @@ class Mode(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """The right of `user` to open the desktop `sid` where `host` has started it under `generation`; `nonce` is 32 hex
-    digits."""
+    digits. `grant` names what the right comes from, a login or a share: when that ends, the consoles end with it."""
 
     sid: str
     user: str
+    grant: str
     host: str
     generation: int
     mode: Mode
@@ -64,12 +66,20 @@ class Tickets:
             raise TicketError("each ticket key must have at least 32 characters")
         self._wall = wall
         self._serializer = URLSafeTimedSerializer(
-            list(keys), salt="deskfleet.console.2", signer=_Signer, signer_kwargs={"wall": wall}
+            list(keys), salt="deskfleet.console.3", signer=_Signer, signer_kwargs={"wall": wall}
         )
 
     def sign(self, ticket: Ticket) -> str:
         """The ticket as text that is safe in a URL."""
-        content = [ticket.sid, ticket.user, ticket.host, ticket.generation, ticket.mode.value, ticket.nonce]
+        content = [
+            ticket.sid,
+            ticket.user,
+            ticket.grant,
+            ticket.host,
+            ticket.generation,
+            ticket.mode.value,
+            ticket.nonce,
+        ]
         return str(self._serializer.dumps(content))
 
     def verify(self, text: str) -> Ticket:
@@ -84,11 +94,11 @@ class Tickets:
             # The age is judged here: given a `max_age`, itsdangerous refuses whatever its own clock is behind of.
             if not -SKEW_S <= int(self._wall()) - signed_at.timestamp() <= LIFETIME_S:
                 raise ValueError
-            sid, user, host, generation, mode, nonce = content
-            if not (SID.fullmatch(sid) and HOST.fullmatch(host) and NONCE.fullmatch(nonce)):
+            sid, user, grant, host, generation, mode, nonce = content
+            if not all(p.fullmatch(t) for p, t in ((SID, sid), (GRANT, grant), (HOST, host), (NONCE, nonce))):
                 raise ValueError
             if not isinstance(generation, int):
                 raise ValueError
-            return Ticket(sid, str(user), host, generation, Mode(mode), nonce)
+            return Ticket(sid, str(user), grant, host, generation, Mode(mode), nonce)
         except (BadSignature, ValueError, TypeError, UnicodeError, OverflowError):
             raise TicketError("this ticket is not valid or no longer valid") from None

@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 COMMANDS = "commands"
 EVENTS = "events"
 DEAD = "dead"
+#: From portals to every proxy, and back to the portal that asked.
+CONSOLES = "consoles"
+VIEWERS = "viewers"
 
 SCHEDULER_COMMANDS = "scheduler.commands"
 SCHEDULER_REPORTS = "scheduler.reports"
@@ -67,7 +70,13 @@ class Topology:
         return Topology(self.exchanges + other.exchanges, self.queues + other.queues, self.bindings + other.bindings)
 
 
-EXCHANGES = (Exchange(COMMANDS, "direct"), Exchange(EVENTS, "topic"), Exchange(DEAD, "fanout"))
+EXCHANGES = (
+    Exchange(COMMANDS, "direct"),
+    Exchange(EVENTS, "topic"),
+    Exchange(DEAD, "fanout"),
+    Exchange(CONSOLES, "fanout"),
+    Exchange(VIEWERS, "direct"),
+)
 
 #: What must be there before a host's queue can be bound.
 EXCHANGES_ONLY = Topology(EXCHANGES)
@@ -104,6 +113,11 @@ def answers_queue(replica: str) -> str:
 def pictures_queue(replica: str) -> str:
     """The queue of the pictures of screens for one portal process; it vanishes with its connection."""
     return f"pictures.{replica}"
+
+
+def viewers_queue(replica: str) -> str:
+    """The queue of the proxies' answers to one portal process; it vanishes with its connection."""
+    return f"viewers.{replica}"
 
 
 def answer_key(replica: str) -> str:
@@ -193,7 +207,7 @@ def for_host(host: str) -> Topology:
 
 
 def for_proxy(replica: str) -> Topology:
-    """The queue of one proxy replica: heartbeats for its routes, session ends for its cuts."""
+    """The queue of one proxy replica: heartbeats for its routes, ends of sessions and rights for its cuts."""
     name = proxy_queue(replica)
     return Topology(
         (),
@@ -206,18 +220,29 @@ def for_proxy(replica: str) -> Topology:
                 auto_delete=True,
             ),
         ),
-        (Binding(name, EVENTS, "host.*.heartbeat"), Binding(name, EVENTS, "session.*")),
+        (
+            Binding(name, EVENTS, "host.*.heartbeat"),
+            Binding(name, EVENTS, "session.*"),
+            Binding(name, CONSOLES, ""),
+        ),
     )
 
 
 def for_portal(replica: str) -> Topology:
-    """The queues of one portal process: the scheduler's answers to its questions, and pictures of screens."""
-    answers, pictures = answers_queue(replica), pictures_queue(replica)
+    """The queues of one portal process: answers of the scheduler and of proxies, and pictures of screens."""
+    answers, pictures, viewers = answers_queue(replica), pictures_queue(replica), viewers_queue(replica)
     return Topology(
         (),
         (
             Queue(
                 answers,
+                {"x-queue-type": "classic", "x-message-ttl": QUESTION_TTL_MS, "x-max-length": 1_000},
+                durable=False,
+                exclusive=True,
+                auto_delete=True,
+            ),
+            Queue(
+                viewers,
                 {"x-queue-type": "classic", "x-message-ttl": QUESTION_TTL_MS, "x-max-length": 1_000},
                 durable=False,
                 exclusive=True,
@@ -232,6 +257,7 @@ def for_portal(replica: str) -> Topology:
             ),
         ),
         (
+            Binding(viewers, VIEWERS, replica),
             Binding(answers, EVENTS, answer_key(replica)),
             Binding(pictures, EVENTS, picture_key("*", replica)),
             Binding(pictures, EVENTS, last_key("*")),

@@ -18,8 +18,12 @@ from deskfleet.schemas.messages import (
     MOST_IMAGES,
     REPLICA,
     CatalogueImage,
+    Console,
+    ConsolesAsked,
+    ConsolesListed,
     DrainRequested,
     ExtendRequested,
+    GrantRevoked,
     HostDeclaredDead,
     HostFence,
     HostImages,
@@ -38,6 +42,7 @@ from deskfleet.schemas.messages import (
     VmStop,
 )
 from deskfleet.schemas.session import Outcome, Resources, State
+from deskfleet.schemas.tickets import GRANT
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 from deskfleet.schemas.wire_fields import (
     Png,
@@ -54,6 +59,14 @@ from deskfleet.schemas.wire_fields import (
 from deskfleet.schemas.wire_host import GuestReportSchema, HostBeatSchema, HostReportSchema
 
 MAX_BODY = 1 << 20
+
+
+def _grant() -> fields.Str:
+    return fields.Str(required=True, validate=validate.Regexp(rf"\A{GRANT.pattern}\Z"))
+
+
+def _replica() -> fields.Str:
+    return fields.Str(required=True, validate=validate.Regexp(rf"\A{REPLICA.pattern}\Z"))
 
 
 class ResourcesSchema(Wire):
@@ -109,7 +122,7 @@ class HostDeclaredDeadSchema(Wire):
 class PlacementAskedSchema(Wire):
     target = PlacementAsked
     question = sid_field()
-    replica = fields.Str(required=True, validate=validate.Regexp(rf"\A{REPLICA.pattern}\Z"))
+    replica = _replica()
     user = text_field(320, 1)
     groups = Tuple(fields.Str(validate=validate.Length(1, 256)), 1000)
     machine = fields.Str(required=True, validate=validate.Regexp(rf"\A{NAME.pattern}\Z"))
@@ -206,7 +219,7 @@ class HostInventorySchema(Wire):
 class VmLookSchema(Wire):
     target = VmLook
     sid = sid_field()
-    replica = fields.Str(required=True, validate=validate.Regexp(rf"\A{REPLICA.pattern}\Z"))
+    replica = _replica()
 
 
 class VmPictureSchema(Wire):
@@ -232,6 +245,31 @@ class SessionChangedSchema(Wire):
     generation = int_field(0)
 
 
+class GrantRevokedSchema(Wire):
+    target = GrantRevoked
+    grant = _grant()
+
+
+class ConsolesAskedSchema(Wire):
+    target = ConsolesAsked
+    sid = sid_field()
+    replica = _replica()
+
+
+class ConsoleSchema(Wire):
+    target = Console
+    user = text_field(320, 1)
+    grant = _grant()
+    open_s = fields.Float(required=True, allow_nan=False, validate=validate.Range(0, 1e9))
+
+
+class ConsolesListedSchema(Wire):
+    target = ConsolesListed
+    proxy = _replica()
+    sid = sid_field()
+    consoles = Tuple(fields.Nested(ConsoleSchema), 1000)
+
+
 #: AMQP type property -> schema. The docs' message table is generated from this.
 REGISTRY: dict[str, Wire] = {
     "launch.requested.v1": LaunchRequestedSchema(),
@@ -253,6 +291,9 @@ REGISTRY: dict[str, Wire] = {
     "host.heartbeat.v1": HostReportSchema(),
     "host.beat.v1": HostBeatSchema(),
     "session.changed.v1": SessionChangedSchema(),
+    "grant.revoked.v1": GrantRevokedSchema(),
+    "consoles.asked.v1": ConsolesAskedSchema(),
+    "consoles.listed.v1": ConsolesListedSchema(),
 }
 _KINDS = {schema.target: kind for kind, schema in REGISTRY.items()}
 _M = TypeVar("_M")

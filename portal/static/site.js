@@ -77,3 +77,16 @@ if (document.querySelector("img[data-picture], [data-pictures]")) {
   setTimeout(showScreens, SCREEN_SOON_MS);
   setInterval(showScreens, SCREEN_MS);
 }
+
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("[data-copy]");
+  if (!button) return;
+  const field = document.getElementById(button.dataset.copy);
+  field.select();
+  try {
+    await navigator.clipboard.writeText(field.value);
+    button.textContent = "Copied";
+  } catch {
+    // It stands selected: the person copies it by hand.
+  }
+});

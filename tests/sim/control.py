@@ -194,7 +194,9 @@ class Portal(Process):
             return ""
         if desktop is None or not desktop.running or desktop.unsure or desktop.user != user:
             return ""
-        return self.tickets.sign(Ticket(sid, user, desktop.host, desktop.generation, Mode.FULL, nonce))
+        return self.tickets.sign(
+            Ticket(sid, user, "login-" + "0" * 16, desktop.host, desktop.generation, Mode.FULL, nonce)
+        )
 
     def kill(self) -> None:
         self._soon.clear()

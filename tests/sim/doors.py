@@ -130,7 +130,7 @@ class Door(Process):
         self.routes, stats = RouteTable(120.0, 10.0), Stats()
         line: Any = _Line(self.world.nodes)
         self.server = Server(self.gate, self.routes, line, relay, Limits(), stats, now)
-        news = News(self.routes, self.server, stats, self.clock)
+        news = News(self.routes, self.server, stats, self.clock, bus, self._replica)
         bus.on_connect(news.on_connect)
         bus.consume(self.queue, news.on_delivery, prefetch=500)
         bus.every(30.0, lambda: self.routes.expire(now()))

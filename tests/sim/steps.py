@@ -136,7 +136,7 @@ class Steps:
         elif what == "host":
             host = min(name for name in self.world.nodes if name != host)
         keys = ["x" * 40] if what == "key" else KEYS
-        ticket = Ticket(sid, request.user, host, number, Mode.FULL, nonce)
+        ticket = Ticket(sid, request.user, "login-" + "0" * 16, host, number, Mode.FULL, nonce)
         return self._keep(Tickets(keys, self.world.portal.clock.wall).sign(ticket))
 
     # --- messages -------------------------------------------------------------------------------------------

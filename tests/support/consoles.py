@@ -14,11 +14,12 @@ from deskfleet.schemas.tickets import Mode, Ticket
 
 ORIGIN = "https://portal.example"
 KEYS = ("k" * 40,)
+GRANT = "login-" + "0" * 16
 WS_KEY = base64.b64encode(b"0123456789abcdef").decode()
 
 
-def ticket(sid: str = "a" * 32, generation: int = 7, host: str = "h1", nonce: str = "") -> Ticket:
-    return Ticket(sid, "ana@example.org", host, generation, Mode.FULL, nonce or secrets.token_hex(16))
+def ticket(sid: str = "a" * 32, generation: int = 7, host: str = "h1", nonce: str = "", grant: str = GRANT) -> Ticket:
+    return Ticket(sid, "ana@example.org", grant, host, generation, Mode.FULL, nonce or secrets.token_hex(16))
 
 
 def head(

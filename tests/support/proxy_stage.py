@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
-from support.consoles import KEYS, ORIGIN, WS_KEY, head, report, ticket
+from support.consoles import GRANT, KEYS, ORIGIN, WS_KEY, head, report, ticket
 
 from deskfleet.proxy.dial import Dialler
 from deskfleet.proxy.gate import Gate
@@ -82,8 +82,8 @@ class Stage:
         writer.write(request() if data is None else data)
         return reader, writer
 
-    async def connect(self, sid: str = S) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await self.open(request(sid))
+    async def connect(self, sid: str = S, grant: str = GRANT) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await self.open(request(sid, grant=grant))
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 101 ")
         return reader, writer
 
@@ -98,8 +98,8 @@ class Stage:
         return int(top.split()[1]), document["reason"]
 
 
-def request(sid: str = S, generation: int = 7, host: str = "h1", **changes: str) -> bytes:
-    return head(f"/console?ticket={Tickets(KEYS).sign(ticket(sid, generation, host))}", **changes)
+def request(sid: str = S, generation: int = 7, host: str = "h1", grant: str = GRANT, **changes: str) -> bytes:
+    return head(f"/console?ticket={Tickets(KEYS).sign(ticket(sid, generation, host, grant=grant))}", **changes)
 
 
 @contextlib.asynccontextmanager

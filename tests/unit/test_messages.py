@@ -28,8 +28,12 @@ from deskfleet.schemas.host import (
 from deskfleet.schemas.machine import Firmware, Format, Os, Video
 from deskfleet.schemas.messages import (
     CatalogueImage,
+    Console,
+    ConsolesAsked,
+    ConsolesListed,
     DrainRequested,
     ExtendRequested,
+    GrantRevoked,
     HostDeclaredDead,
     HostFence,
     HostImages,
@@ -113,6 +117,9 @@ EXAMPLES: list[Message] = [
     REPORT,
     HostBeat("h1", "i1", 5, 9, False, "[::1]:6080", 0.5, 4000, 400, "0" * 16),
     SessionChanged(SID, State.ENDED, Outcome.LOST, "h1", 7),
+    GrantRevoked("share-0123456789abcdef"),
+    ConsolesAsked(SID, "w1"),
+    ConsolesListed("r1", SID, (Console("zoë", "login-0123456789abcdef", 4.5),)),
 ]
 
 

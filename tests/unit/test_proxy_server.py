@@ -11,7 +11,7 @@ import socket
 import time
 
 import pytest
-from support.consoles import head
+from support.consoles import GRANT, head
 from support.proxy_stage import GRANTED, PATIENCE, Host, S, T, play, request, stage, until
 
 from deskfleet.proxy.handshake import MAX_HEAD
@@ -255,6 +255,38 @@ def test_a_heartbeat_without_the_guest_cuts_too() -> None:
             with contextlib.suppress(ConnectionResetError):
                 assert await reader.read() == b""
             assert on.server.tunnels == []
+
+    play(act)
+
+
+def test_c20_a_right_that_is_taken_back_ends_what_was_opened_by_it_and_opens_nothing_more() -> None:
+    async def act() -> None:
+        async with stage() as on:
+            by_link = "share-" + "1" * 16
+            mine, mine_writer = await on.connect()
+            guest, _ = await on.connect(grant=by_link)
+            assert sorted(console.grant for console in on.server.consoles(S)) == sorted([GRANT, by_link])
+            assert on.server.consoles(T) == ()
+            assert on.server.revoke(by_link) == 1
+            with contextlib.suppress(ConnectionResetError):
+                assert await guest.read() == b""
+            mine_writer.write(b"still here")
+            assert await mine.readexactly(10) == b"still here"
+            assert await on.refused(request(grant=by_link)) == (403, "revoked")
+            assert [console.grant for console in on.server.consoles(S)] == [GRANT]
+
+    play(act)
+
+
+def test_c20_a_right_that_is_taken_back_while_the_host_is_asked_opens_nothing() -> None:
+    async def act() -> None:
+        async with stage(host=Host(pause=asyncio.Event())) as on:
+            waiting = asyncio.create_task(on.refused())
+            await until(lambda: bool(on.host.heads))
+            assert on.server.revoke(GRANT) == 0
+            on.host.pause.set()  # type: ignore[union-attr]
+            assert await waiting == (403, "revoked")
+            assert on.server._taken == {}
 
     play(act)
 

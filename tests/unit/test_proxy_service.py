@@ -24,14 +24,19 @@ from deskfleet.runtime.settings import SettingsError, load
 from deskfleet.schemas import topology
 from deskfleet.schemas.host import HostReport, Phase, beat_of
 from deskfleet.schemas.messages import (
+    Console,
+    ConsolesAsked,
+    ConsolesListed,
+    GrantRevoked,
     Message,
     SessionChanged,
     StopRequested,
 )
 from deskfleet.schemas.session import State
-from deskfleet.schemas.wire import encode
+from deskfleet.schemas.wire import decode, encode
 
 S = "a" * 32
+GRANT = "share-" + "1" * 16
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +65,13 @@ class Cuts:
         self.told.append((sid, host))
         return 0
 
+    def revoke(self, grant: str) -> int:
+        self.told.append((grant, None))
+        return 0
+
+    def consoles(self, sid: str) -> tuple[Console, ...]:
+        return (Console("ann", GRANT, 4.5),) if sid == S else ()
+
 
 class Stage:
     def __init__(self) -> None:
@@ -68,18 +80,26 @@ class Stage:
         self.broker.declare(topology.core())
         self.routes = RouteTable(600.0, 5.0)
         self.bus = self.broker.connect("proxy", lambda action: action(), topology.for_proxy("r1"))
-        news = News(self.routes, self.server, self.stats, self.clock)  # type: ignore[arg-type]
+        news = News(self.routes, self.server, self.stats, self.clock, self.bus, "r1")  # type: ignore[arg-type]
         self.bus.on_connect(news.on_connect)
         self.bus.consume(topology.proxy_queue("r1"), news.on_delivery)
         self._senders: dict[str, MemoryBus] = {}
 
-    def send(self, login: str, key: str, message: Message | None, body: bytes = b"", kind: str = "") -> None:
+    def send(
+        self,
+        login: str,
+        key: str,
+        message: Message | None,
+        body: bytes = b"",
+        kind: str = "",
+        exchange: str = topology.EVENTS,
+    ) -> None:
         if login not in self._senders:
             self._senders[login] = self.broker.connect(login, lambda action: action())
             self._senders[login].start()
         if message is not None:
             kind, body = encode(message)
-        sent = self._senders[login].publish(Outgoing(topology.EVENTS, key, kind, body, mandatory=False))
+        sent = self._senders[login].publish(Outgoing(exchange, key, kind, body, mandatory=False))
         sent.result(0)
         self.broker.run()
         assert self.broker.pending(topology.proxy_queue("r1")) == ()
@@ -163,7 +183,7 @@ def test_what_cannot_be_read_is_dropped_and_counted(on: Stage) -> None:
 def test_old_routes_are_forgotten(on: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deskfleet.proxy.service.EXPIRE_S", 0.0)
     on.send("agent-h1", "host.h1.heartbeat", beat())
-    news = News(on.routes, on.server, on.stats, on.clock)  # type: ignore[arg-type]
+    news = News(on.routes, on.server, on.stats, on.clock, on.bus, "r1")  # type: ignore[arg-type]
 
     async def run() -> None:
         task = asyncio.create_task(news.expire())
@@ -316,3 +336,20 @@ def test_more_consoles_than_files_is_refused_at_the_start(
     monkeypatch.setattr("deskfleet.proxy.__main__.resource.getrlimit", lambda _: (1024, 4096))
     assert main(["--config", str(tmp_path / "c.toml")]) == 2
     assert "open files" in capsys.readouterr().err
+
+
+def test_c20_a_right_that_ended_is_cut_when_the_portal_says_so_and_nobody_else(on: Stage) -> None:
+    for login in ("agent-h1", "proxy", "scheduler"):
+        on.send(login, "", GrantRevoked(GRANT), exchange=topology.CONSOLES)
+        on.send(login, "", ConsolesAsked(S, "w1"), exchange=topology.CONSOLES)
+    assert on.server.told == [] and on.stats.dropped["wrong_sender"] == 6
+    on.send("portal", "", GrantRevoked(GRANT), exchange=topology.CONSOLES)
+    assert on.server.told == [(GRANT, None)]
+
+
+def test_a_portal_that_asks_is_told_who_is_there_and_nothing_about_desktops_that_are_elsewhere(on: Stage) -> None:
+    on.broker.declare(topology.for_portal("w1"))
+    for sid in (S, "b" * 32):
+        on.send("portal", "", ConsolesAsked(sid, "w1"), exchange=topology.CONSOLES)
+    (answer,) = on.broker.pending(topology.viewers_queue("w1"))
+    assert decode(answer.type, answer.body) == ConsolesListed("r1", S, (Console("ann", GRANT, 4.5),))

@@ -9,7 +9,8 @@ from deskfleet.schemas.errors import TicketError
 from deskfleet.schemas.tickets import Mode, Ticket, Tickets
 
 OLD, NEW = "o" * 32, "n" * 32
-TICKET = Ticket("a" * 32, "zoë", "h1", 7, Mode.FULL, "b" * 32)
+G = "login-" + "c" * 16
+TICKET = Ticket("a" * 32, "zoë", G, "h1", 7, Mode.FULL, "b" * 32)
 
 
 def test_a_ticket_comes_back() -> None:
@@ -60,25 +61,28 @@ def test_what_is_no_ticket_is_refused(text: str) -> None:
     [
         [],
         {},
-        ["x"] * 6,
-        ["a" * 32, "u", "h1", "7", "full", "b" * 32],
-        ["a" * 32, "u", "h1", 7, "root", "b" * 32],
-        ["a" * 32, "u", "H1", 7, "full", "b" * 32],
-        ["a" * 32, "u", "h1/..", 7, "full", "b" * 32],
-        ["a" * 32, "u", "", 7, "full", "b" * 32],
-        ["a" * 32, "u", None, 7, "full", "b" * 32],
-        ["a" * 32, "u", 7, "full", "b" * 32],
+        ["x"] * 7,
+        ["a" * 32, "u", G, "h1", "7", "full", "b" * 32],
+        ["a" * 32, "u", G, "h1", 7, "root", "b" * 32],
+        ["a" * 32, "u", G, "H1", 7, "full", "b" * 32],
+        ["a" * 32, "u", G, "h1/..", 7, "full", "b" * 32],
+        ["a" * 32, "u", G, "", 7, "full", "b" * 32],
+        ["a" * 32, "u", G, None, 7, "full", "b" * 32],
+        ["a" * 32, "u", G, 7, "full", "b" * 32],
+        ["a" * 32, "u", "h1", 7, "full", "b" * 32],
+        ["a" * 32, "u", "login", "h1", 7, "full", "b" * 32],
+        ["a" * 32, "u", None, "h1", 7, "full", "b" * 32],
     ],
 )
 def test_a_signed_thing_of_another_shape_is_refused(content: object) -> None:
-    text = URLSafeTimedSerializer([NEW], salt="deskfleet.console.2").dumps(content)
+    text = URLSafeTimedSerializer([NEW], salt="deskfleet.console.3").dumps(content)
     with pytest.raises(TicketError):
         Tickets([NEW]).verify(str(text))
 
 
 def test_the_shape_test_signs_as_the_portal_does() -> None:
-    content = ["a" * 32, "zoë", "h1", 7, "full", "b" * 32]
-    text = URLSafeTimedSerializer([NEW], salt="deskfleet.console.2").dumps(content)
+    content = ["a" * 32, "zoë", G, "h1", 7, "full", "b" * 32]
+    text = URLSafeTimedSerializer([NEW], salt="deskfleet.console.3").dumps(content)
     assert Tickets([NEW]).verify(str(text)) == TICKET
 
 
