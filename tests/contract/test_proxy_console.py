@@ -28,7 +28,7 @@ from support.console_fleet import (
     stream,
     until,
 )
-from support.consoles import ORIGIN, WS_KEY, ticket
+from support.consoles import GRANT, ORIGIN, WS_KEY, ticket
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -115,6 +115,22 @@ def test_what_a_person_types_is_told_to_the_host_and_what_the_page_says_by_itsel
                 echoed += console.recv(PATIENCE)
             assert echoed == said
     assert [path.name for path in host.inputs.iterdir()] == [T]
+
+
+def test_c20_a_right_that_is_taken_back_cuts_what_was_opened_by_it_and_nothing_else(
+    fleet: ConsoleFleet, host: ConsoleHost, proxy: Proxy
+) -> None:
+    reach(fleet, host, proxy)
+    tickets, link = Tickets([KEY]), "share-" + "1" * 16
+    mine, guest = (tickets.sign(ticket(S, 7, grant=grant)) for grant in (GRANT, link))
+    with proxy.connect(S, text=mine) as owner, proxy.connect(S, text=guest) as other:
+        assert owner.recv(PATIENCE) == other.recv(PATIENCE) == hello(S)
+        fleet.revoke(link)
+        with pytest.raises(ConnectionClosed):
+            other.recv(PATIENCE)
+        owner.send(b"still here")
+        assert owner.recv(PATIENCE) == b"still here"
+    assert proxy.refusal(S, text=tickets.sign(ticket(S, 7, grant=link))) == (403, "revoked")
 
 
 def test_100_mib_go_out_and_come_back_byte_for_byte(fleet: ConsoleFleet, host: ConsoleHost, proxy: Proxy) -> None:

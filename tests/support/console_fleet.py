@@ -31,7 +31,7 @@ from deskfleet.runtime.bus import Outgoing
 from deskfleet.runtime.service import SystemClock
 from deskfleet.schemas import topology
 from deskfleet.schemas.host import Phase, beat_of
-from deskfleet.schemas.messages import Message, SessionChanged
+from deskfleet.schemas.messages import GrantRevoked, Message, SessionChanged
 from deskfleet.schemas.session import Outcome, State
 from deskfleet.schemas.tickets import Tickets
 from deskfleet.schemas.wire import encode
@@ -200,10 +200,10 @@ class ConsoleFleet:
         until(lambda: self._buses[login].connected, f"{login} is connected")
         return self._buses[login]
 
-    def send(self, login: str, key: str, message: Message) -> None:
+    def send(self, login: str, key: str, message: Message, exchange: str = topology.EVENTS) -> None:
         """Publish as a login; raises what the broker answers."""
         kind, body = encode(message)
-        self.bus(login).publish(Outgoing(topology.EVENTS, key, kind, body, mandatory=False)).result(PATIENCE)
+        self.bus(login).publish(Outgoing(exchange, key, kind, body, mandatory=False)).result(PATIENCE)
 
     def beat(self, host: ConsoleHost, small: bool = False) -> None:
         self.send(f"agent-{host.name}", topology.heartbeat_key(host.name), host.beat(small))
@@ -211,6 +211,10 @@ class ConsoleFleet:
     def announce(self, sid: str, state: State, host: str = "h1", generation: int = 7) -> None:
         outcome = Outcome.STOPPED if state in (State.STOPPING, State.ENDED) else None
         self.send("scheduler", topology.session_key(sid), SessionChanged(sid, state, outcome, host, generation))
+
+    def revoke(self, grant: str) -> None:
+        """Say that a right has ended, as a portal does."""
+        self.send("portal", "", GrantRevoked(grant), topology.CONSOLES)
 
     def close(self) -> None:
         for bus in self._buses.values():
