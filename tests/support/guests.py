@@ -111,9 +111,14 @@ class Host:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.end()
+        self.service.purge()
+
+    async def end(self) -> None:
+        """End the agent; its guests go on."""
         self._stop.set()
         await self._task
-        self.service.purge()
+        self._bus.stop()
 
     async def start(
         self,
@@ -124,7 +129,7 @@ class Host:
     ) -> Host:
         """Start the agent."""
         loop = asyncio.get_running_loop()
-        bus = self._broker.connect("agent-h1", lambda action: loop.call_soon(action) and None)
+        self._bus = bus = self._broker.connect("agent-h1", lambda action: loop.call_soon(action) and None)
         self.service = Service(
             self.settings, choose(), bus, SystemClock(), "test", spawn=spawner, sysfs=sysfs, dev=dev, reset=reset
         )
