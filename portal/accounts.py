@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import unicodedata
 from dataclasses import dataclass
 
 from sqlalchemy import delete, insert, select, update
@@ -12,7 +11,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from werkzeug.security import check_password_hash, generate_password_hash
 
 from deskfleet.portal import tables
-from deskfleet.portal.auth import LONGEST_NAME, Answer, Identity, Unavailable, WrongPassword, plausible
+from deskfleet.portal.auth import LONGEST_NAME, Answer, Identity, Unavailable, WrongPassword, normal, plausible
 from deskfleet.portal.store import Store
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DeskfleetError
@@ -43,6 +42,7 @@ class Accounts:
     """The local accounts, and the login method "local" on them. A change ends the account's logins and tokens."""
 
     name = "local"
+    distant = False
 
     def __init__(self, store: Store, clock: Clock) -> None:
         self._store = store
@@ -53,7 +53,7 @@ class Accounts:
         """See auth.Method."""
         try:
             with self._store.reading() as connection:
-                query = select(tables.account).where(tables.account.c.user == _canonical(user))
+                query = select(tables.account).where(tables.account.c.user == normal(user))
                 row = connection.execute(query).mappings().first()
         except DBAPIError as error:
             return Unavailable(type(error.orig).__name__)
@@ -92,7 +92,7 @@ class Accounts:
         Raises:
             AccountError: the name is taken or not usable, or the password too short.
         """
-        name = _canonical(user)
+        name = normal(user)
         _check_password(name, password)
         row = {
             "user": name,
@@ -119,18 +119,13 @@ class Accounts:
         self._change(user, disabled=disabled)
 
     def _change(self, user: str, **values: object) -> None:
-        name = _canonical(user)
+        name = normal(user)
         with self._store.writing() as connection:
             query = update(tables.account).where(tables.account.c.user == name).values(values)
             if connection.execute(query).rowcount != 1:
                 raise AccountError(f"there is no account {name!r}")
             for table in (tables.login, tables.token):
                 connection.execute(delete(table).where(table.c.user == name, table.c.method == self.name))
-
-
-def _canonical(user: str) -> str:
-    # The same name may be typed with composed or decomposed accents; case stays: ADMIN is not admin.
-    return unicodedata.normalize("NFC", user)
 
 
 def _check_password(user: str, password: str) -> None:

@@ -4,71 +4,21 @@ from __future__ import annotations
 
 import secrets
 
-from flask import session
-
 from deskfleet.portal import words
-from deskfleet.portal.auth import Identity, Unavailable, WrongPassword
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
-from deskfleet.portal.grants import login_grant
 from deskfleet.portal.launching import Wish, prepare
 from deskfleet.portal.services import services
 from deskfleet.portal.shares import MOST as MOST_LINKS
 from deskfleet.portal.shares import Audience, Share
 from deskfleet.portal.throttle import counters
-from deskfleet.portal.web import LOGIN, client_address, grant, mine, own_desktop, person, someone
+from deskfleet.portal.web import client_address, grant, mine, own_desktop, person, someone
 from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.tickets import LIFETIME_S, Mode, Ticket
 from deskfleet.schemas.verdict import Forecast
 
 #: Unanswered requests that one person may have: enough for a class, too few to fill the disk.
 MOST_WAITING = 20
-
-
-def log_in(user: str, password: str) -> Identity:
-    """Check a password and begin a login under a new session id.
-
-    Raises:
-        Problem: wrong, can't be checked now, or tried too often.
-    """
-    parts = services()
-    against = counters(user, client_address(), str(session.get("browser", "")) if session.get("was") == user else "")
-    wait_s = parts.throttle.begin(against)
-    if wait_s:
-        parts.counts.logins.labels("slowed").inc()
-        raise Problem(Refused.SLOW_DOWN, f"Too many tries. Try again in {words.duration(wait_s)}.", wait_s=wait_s)
-    answer = parts.chain.check(user, password)
-    if isinstance(answer, Unavailable):
-        parts.throttle.forgive(against, all_of_it=False)
-        parts.counts.logins.labels("unavailable").inc()
-        raise Problem(Refused.LOGIN_UNAVAILABLE)
-    if isinstance(answer, WrongPassword):
-        parts.counts.logins.labels("wrong").inc()
-        raise Problem(Refused.WRONG_PASSWORD)
-    parts.throttle.forgive(against, all_of_it=True)
-    old = session.get(LOGIN)
-    if isinstance(old, str):
-        parts.logins.close(old)
-    browser = session.get("browser") or secrets.token_hex(16)
-    session.clear()  # nothing from before the login is good after it, the CSRF token included
-    session.update({LOGIN: parts.logins.open(answer, parts.settings.login_s), "browser": browser, "was": answer.user})
-    session.permanent = True
-    parts.counts.logins.labels("right").inc()
-    parts.audit.note(answer.user, client_address(), "login", detail=answer.method)
-    return answer
-
-
-def log_out() -> None:
-    """End the login, on the server too; what the browser kept is worth nothing then."""
-    secret = session.get(LOGIN)
-    who = person()
-    if isinstance(secret, str):
-        services().logins.close(secret)
-        services().grants.revoke([login_grant(secret)])
-    browser = {key: session[key] for key in ("browser", "was") if key in session}
-    session.clear()
-    session.update(browser)
-    services().audit.note(who.user, client_address(), "logout")
 
 
 def launch(wish: Wish, sid: str, via: str) -> tuple[LaunchRequested, bool]:

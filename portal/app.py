@@ -21,6 +21,7 @@ from deskfleet.portal import words
 from deskfleet.portal.admin import admin
 from deskfleet.portal.api import register as register_api
 from deskfleet.portal.errors import ANSWERS, Problem, Refused
+from deskfleet.portal.login_pages import sign_in
 from deskfleet.portal.services import EXTENSION, Services, services
 from deskfleet.portal.sharing import sharing
 from deskfleet.portal.views import pages
@@ -60,6 +61,8 @@ def create_app(parts: Services) -> Flask:
         WTF_CSRF_SSL_STRICT=False,  # it wants a Referer, and our pages tell nobody where people come from
     )
     app.extensions[EXTENSION] = parts
+    if parts.headers is not None:
+        app.wsgi_app = parts.headers.stripping(app.wsgi_app)  # type: ignore[assignment,method-assign]
     csrf = CSRFProtect(app)
 
     @app.before_request
@@ -81,6 +84,7 @@ def create_app(parts: Services) -> Flask:
     app.after_request(_headers)
     app.register_blueprint(pages)
     app.register_blueprint(sharing)
+    app.register_blueprint(sign_in)
     app.register_blueprint(admin)
     register_api(app)
     _errors(app)

@@ -1,13 +1,15 @@
 """Proving who somebody is: a chain of methods, asked in order until one says yes.
 
-A method that can't be reached is not a method that says no, and neither is ever a yes.
+A method that can't be reached is not a method that says no, and neither is ever a yes. Behind one that can't be reached
+only the portal's own accounts are asked, which are there for rescue.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -42,18 +44,73 @@ class Unavailable:
 Answer = Identity | WrongPassword | Unavailable
 
 
-class Method(Protocol):
-    """One way to prove who one is. MUST come back within seconds, MUST NOT log or keep the password."""
+class Vouching(Protocol):
+    """One way to prove who one is."""
 
     name: str
+
+    def current(self, identity: Identity) -> Identity | None:
+        """What somebody who logged in earlier is now; None when the account is gone or disabled."""
+        ...
+
+
+class Method(Vouching, Protocol):
+    """One by name and password. MUST come back within seconds, MUST NOT log or keep the password.
+
+    `distant` is whether it asks another machine, so that it may be away or slow.
+    """
+
+    distant: bool
 
     def check(self, user: str, password: str) -> Answer:
         """Judge a name and a password; both have passed `plausible`."""
         ...
 
-    def current(self, identity: Identity) -> Identity | None:
-        """What somebody who logged in earlier is now; None when the account is gone or disabled."""
-        ...
+
+@dataclass(frozen=True, slots=True)
+class Realm:
+    """Whose names a method knows. `own` stands behind its names (alice@example.org); with an empty one names stay as
+    they are, and mean the same people as the local accounts of these names. `others` are the realms of other methods.
+    """
+
+    own: str
+    others: frozenset[str] = frozenset()
+
+    def user_of(self, name: str) -> str | None:
+        """The canonical id for a name that the method vouches for; None when it belongs to another realm."""
+        name = normal(name)
+        inner, at, domain = name.rpartition("@")
+        if not self.own:
+            return None if at and domain.lower() in self.others else name
+        if at and inner and domain.lower() == self.own:
+            name = inner
+        return f"{name}@{self.own}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rights:
+    """What a method's groups mean: `admins` are the groups of administrators, `allowed` those whose members may log in;
+    without any, everybody may."""
+
+    admins: frozenset[str] = frozenset()
+    allowed: frozenset[str] = frozenset()
+
+    def judge(self, user: str, method: str, groups: Iterable[str]) -> Identity | None:
+        """The person with these groups; None when they may not log in."""
+        mine = tuple(sorted({normal(group) for group in groups}))
+        if self.allowed and not self.allowed & set(mine):
+            return None
+        return Identity(user, method, mine, bool(self.admins & set(mine)))
+
+
+def normal(name: str) -> str:
+    """The same name may be written with composed or decomposed accents; case stays."""
+    return unicodedata.normalize("NFC", name)
+
+
+def plausible_name(user: str) -> bool:
+    """Whether this can be anybody's name: some visible characters, nothing that controls anything."""
+    return 0 < len(user) <= LONGEST_NAME and user == user.strip() and not _unprintable(user)
 
 
 def plausible(user: str, password: str) -> bool:
@@ -62,20 +119,39 @@ def plausible(user: str, password: str) -> bool:
     An empty password is refused here, before any method sees it: a directory may answer an anonymous bind with yes
     (RFC 4513, 5.1.2). Blank includes characters without a width of their own.
     """
-    if not 0 < len(user) <= LONGEST_NAME or not 0 < len(password) <= LONGEST_PASSWORD:
+    if not plausible_name(user) or not 0 < len(password) <= LONGEST_PASSWORD or _unprintable(password):
         return False
-    if any(unicodedata.category(letter) in ("Cc", "Cs", "Co", "Cn") for letter in user + password):
-        return False
-    return user == user.strip() and not all(unicodedata.category(letter)[0] in "ZC" for letter in password)
+    return not all(unicodedata.category(letter)[0] in "ZC" for letter in password)
+
+
+def _unprintable(text: str) -> bool:
+    return any(unicodedata.category(letter) in ("Cc", "Cs", "Co", "Cn") for letter in text)
 
 
 class Chain:
     """The methods of one installation, and who is an administrator: by exact canonical id, or because the method says
-    so."""
+    so. `others` are the methods that need no password. At most `room` passwords are looked at by other machines at a
+    time, so that one that hangs does not take every thread; `count` is told each method's answers.
+    """
 
-    def __init__(self, methods: Sequence[Method], admins: frozenset[str]) -> None:
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        admins: frozenset[str],
+        others: Sequence[Vouching] = (),
+        count: Callable[[str, str], None] | None = None,
+        room: int = 8,
+    ) -> None:
         self._methods = tuple(methods)
         self._admins = admins
+        self._all: dict[str, Vouching] = {method.name: method for method in (*methods, *others)}
+        self._count = count or (lambda *_: None)
+        self._room = threading.BoundedSemaphore(room)
+
+    @property
+    def passwords(self) -> bool:
+        """Whether there is a method that takes a name and a password."""
+        return bool(self._methods)
 
     def check(self, user: str, password: str) -> Answer:
         """The first yes; else Unavailable when any method could not be asked; else WrongPassword."""
@@ -83,27 +159,40 @@ class Chain:
             return WrongPassword()
         away: list[str] = []
         for method in self._methods:
+            if away and method.distant:
+                continue
             answer = self._ask(method, user, password)
+            self._count(method.name, _RESULTS[type(answer)])
             if isinstance(answer, Identity):
-                return self._rank(answer)
+                return self.ranked(answer)
             if isinstance(answer, Unavailable):
+                log.warning("the login method %s can't be asked: %s", method.name, answer.detail)
                 away.append(f"{method.name}: {answer.detail}")
         return Unavailable("; ".join(away)) if away else WrongPassword()
 
     def current(self, identity: Identity) -> Identity | None:
         """Who an earlier login is now; None when it counts no more."""
-        for method in self._methods:
-            if method.name == identity.method:
-                now = method.current(identity)
-                return self._rank(now) if now else None
-        return None
+        method = self._all.get(identity.method)
+        now = method.current(identity) if method else None
+        return self.ranked(now) if now else None
 
-    def _rank(self, identity: Identity) -> Identity:
+    def ranked(self, identity: Identity) -> Identity:
+        """The person with an administrator's rights when the settings name them."""
         return replace(identity, admin=identity.admin or identity.user in self._admins)
 
     def _ask(self, method: Method, user: str, password: str) -> Answer:
+        if method.distant and not self._room.acquire(timeout=_PATIENCE_S):
+            return Unavailable("too many others are being asked about")
         try:
             return method.check(user, password)
         except Exception:
             log.exception("the login method %s failed", method.name)
             return Unavailable("it failed; see the log")
+        finally:
+            if method.distant:
+                self._room.release()
+
+
+_RESULTS: dict[type[Answer], str] = {Identity: "right", WrongPassword: "wrong", Unavailable: "unavailable"}
+# How long a thread waits until fewer passwords are being looked at: a healthy directory answers many in this time.
+_PATIENCE_S = 0.5

@@ -10,9 +10,9 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from marshmallow import Schema
@@ -26,7 +26,7 @@ from deskfleet.portal.audit import Audit
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.cli_common import Refusal, config_option, printable, table
 from deskfleet.portal.logins import Logins
-from deskfleet.portal.settings import MailSettings, PortalSchema, PortalSettings
+from deskfleet.portal.settings import PortalSchema, PortalSettings
 from deskfleet.portal.store import Store
 from deskfleet.runtime.secret import HIDDEN, Secret
 from deskfleet.runtime.service import SystemClock
@@ -34,6 +34,9 @@ from deskfleet.runtime.settings import load
 from deskfleet.schemas.catalogue import Catalogue
 from deskfleet.schemas.config import SECTIONS, LedgerSchema, MachinesSchema
 from deskfleet.schemas.errors import DeskfleetError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _SCHEMAS: dict[str, Callable[[], Schema]] = {
     "portal": PortalSchema,
@@ -281,7 +284,7 @@ def config_show(config: Path) -> None:
         portal = settings["portal"]
         sections = {
             "portal": _values(portal),
-            "portal.mail": _values(portal.mail) if portal.mail else {},
+            **{f"portal.{name}": _values(getattr(portal, name)) for name in _below(portal)},
             "ledger": {"url": make_url(settings["ledger"]["url"]).render_as_string(hide_password=True)},
             "machines": settings["machines"],
         }
@@ -294,10 +297,15 @@ def config_show(config: Path) -> None:
     click.echo("\n".join(lines).rstrip())
 
 
-def _values(settings: PortalSettings | MailSettings) -> dict[str, object]:
+def _below(settings: PortalSettings) -> list[str]:
+    """The names of the sections below [portal] that are there."""
+    return [field.name for field in fields(settings) if is_dataclass(getattr(settings, field.name))]
+
+
+def _values(settings: DataclassInstance) -> dict[str, object]:
     """What a section holds itself: neither what was left out nor the sections below it."""
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    return {key: value for key, value in values.items() if not (value is None or isinstance(value, MailSettings))}
+    return {key: value for key, value in values.items() if not (value is None or is_dataclass(value))}
 
 
 def _toml(value: object) -> str:

@@ -13,8 +13,8 @@ import click
 import requests
 from requests.auth import AuthBase
 
+from deskfleet.portal.auth_settings import LOOPBACK_NAMES
 from deskfleet.portal.cli_common import Refusal, Unreachable, printable
-from deskfleet.portal.settings import LOOPBACK_NAMES
 
 _PATIENCE_S = 30.0
 

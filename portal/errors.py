@@ -19,6 +19,13 @@ class Refused(StrEnum):
     NOT_LOGGED_IN = "not_logged_in"
     WRONG_PASSWORD = "wrong_password"  # noqa: S105  a reason, not a password
     LOGIN_UNAVAILABLE = "login_unavailable"
+    LOGIN_REFUSED = "login_refused"
+    BAD_ADDRESS = "bad_address"
+    CODE_WRONG = "code_wrong"
+    CODE_EXPIRED = "code_expired"
+    CODE_USED_UP = "code_used_up"
+    MAIL_UNAVAILABLE = "mail_unavailable"
+    SINGLE_SHOT_ONLY = "single_shot_only"
     SLOW_DOWN = "slow_down"
     NOT_ALLOWED = "not_allowed"
     NOT_FOUND = "not_found"
@@ -71,6 +78,25 @@ ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
     Refused.LOGIN_UNAVAILABLE: (
         HTTPStatus.SERVICE_UNAVAILABLE,
         "Your password can't be checked at the moment. It is not your fault; try again in a minute.",
+    ),
+    Refused.LOGIN_REFUSED: (
+        HTTPStatus.FORBIDDEN,
+        "You could not be logged in this way. Try again; if it persists, ask an administrator whether you may.",
+    ),
+    Refused.BAD_ADDRESS: (HTTPStatus.BAD_REQUEST, "This is not a mail address. Type one, such as ada@example.org."),
+    Refused.CODE_WRONG: (HTTPStatus.UNAUTHORIZED, "The code is wrong. Look at the newest mail, and type it again."),
+    Refused.CODE_EXPIRED: (HTTPStatus.UNAUTHORIZED, "This code is not good any more. Ask for a new one."),
+    Refused.CODE_USED_UP: (
+        HTTPStatus.UNAUTHORIZED,
+        "This code has been used, or typed wrongly too often. Ask for a new one.",
+    ),
+    Refused.MAIL_UNAVAILABLE: (
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "No mails can be sent at the moment. It is not your fault; try again in a minute.",
+    ),
+    Refused.SINGLE_SHOT_ONLY: (
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        "Who logs in by a code that comes by mail gets single-shot desktops only: they end when nobody looks at them.",
     ),
     Refused.SLOW_DOWN: (HTTPStatus.TOO_MANY_REQUESTS, "Too many tries."),
     Refused.NOT_ALLOWED: (HTTPStatus.FORBIDDEN, "Your account may not do this. Ask an administrator."),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 
 from deskfleet.portal.auth import Identity
+from deskfleet.portal.email_codes import EmailCodes
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.settings import PortalSettings
 from deskfleet.portal.words import duration
@@ -61,6 +62,11 @@ def offered(machines: Mapping[str, Machine], who: Identity) -> list[Machine]:
     return sorted(allowed, key=lambda machine: (machine.title.casefold(), machine.name))
 
 
+def may_persist(who: Identity) -> bool:
+    """Whether somebody's desktops may go on while they are away: not of who proved no more than that they read mail."""
+    return who.method != EmailCodes.name
+
+
 def lifetimes(settings: PortalSettings) -> list[int]:
     """The lifetimes that a form offers, in seconds."""
     usual = (1800, 3600, 2 * 3600, 4 * 3600, 8 * 3600, 24 * 3600, 3 * 86_400, 7 * 86_400, 30 * 86_400)
@@ -79,6 +85,8 @@ def prepare(
     machine = machines.get(wish.machine)
     if machine is None or not machine.allows(who.user, who.groups):
         raise Problem(Refused.UNKNOWN_MACHINE)
+    if wish.persistent and not may_persist(who):
+        raise Problem(Refused.SINGLE_SHOT_ONLY)
     default = machine.defaults
     resources = Resources(
         cpus=default.cpus if wish.cpus is None else wish.cpus,

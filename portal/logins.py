@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import RowMapping, Table, delete, insert, select
+from sqlalchemy import RowMapping, Table, delete, insert, select, update
 
 from deskfleet.portal import tables
 from deskfleet.portal.auth import Identity
@@ -44,23 +44,36 @@ def _identity(row: RowMapping) -> Identity:
 
 
 class Logins:
-    """Who is logged in, and by which tokens programs may act for whom. Secrets are kept as hashes only."""
+    """Who is logged in, and by which tokens programs may act for whom. Secrets are kept as hashes only.
 
-    def __init__(self, store: Store, clock: Clock) -> None:
+    A login that nobody used for `idle_s` seconds has ended; 0 is never.
+    """
+
+    def __init__(self, store: Store, clock: Clock, idle_s: float = 0.0) -> None:
         self._store = store
         self._clock = clock
+        self._idle_s = idle_s
 
     def open(self, identity: Identity, lifetime_s: float) -> str:
         """Remember a login; returns the secret that goes into the cookie."""
         secret = secrets.token_urlsafe(32)
         row = _columns(identity, self._clock.wall(), lifetime_s)
         with self._store.writing() as connection:
-            connection.execute(insert(tables.login).values(digest=digest(secret), **row))
+            connection.execute(insert(tables.login).values(digest=digest(secret), used_at=row["created_at"], **row))
         return secret
 
     def find(self, secret: str) -> Identity | None:
         """Whose login this is, as it was when it began; None when it has ended."""
-        return self._look_up(tables.login, secret)
+        row = self._look_up(tables.login, secret)
+        if row is None:
+            return None
+        now = self._clock.wall()
+        # Not at every request: a write for each would make all pages wait for the disk.
+        if self._idle_s and now - row["used_at"] > min(60.0, self._idle_s / 4):
+            mine = tables.login.c.digest == row["digest"]
+            with self._store.writing() as connection:
+                connection.execute(update(tables.login).where(mine).values(used_at=now))
+        return _identity(row)
 
     def close(self, secret: str) -> None:
         """End a login."""
@@ -78,7 +91,8 @@ class Logins:
 
     def find_token(self, secret: str) -> Identity | None:
         """Whose token this is; None when there is no such token any more."""
-        return self._look_up(tables.token, secret)
+        row = self._look_up(tables.token, secret)
+        return _identity(row) if row else None
 
     def tokens_of(self, user: str) -> list[TokenInfo]:
         """A person's tokens, oldest first."""
@@ -101,13 +115,16 @@ class Logins:
         with self._store.writing() as connection:
             for table in (tables.login, tables.token):
                 connection.execute(delete(table).where(table.c.expires_at < now))
+            if self._idle_s:
+                connection.execute(delete(tables.login).where(tables.login.c.used_at < now - self._idle_s))
 
-    def _look_up(self, table: Table, secret: str) -> Identity | None:
+    def _look_up(self, table: Table, secret: str) -> RowMapping | None:
         now = self._clock.wall()
         # A row from the future is one that a clock set back would revive.
         query = select(table).where(
             table.c.digest == digest(secret), table.c.expires_at > now, table.c.created_at <= now + 60
         )
+        if table is tables.login and self._idle_s:
+            query = query.where(table.c.used_at > now - self._idle_s)
         with self._store.reading() as connection:
-            row = connection.execute(query).mappings().first()
-        return _identity(row) if row else None
+            return connection.execute(query).mappings().first()

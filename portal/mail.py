@@ -23,8 +23,9 @@ from prometheus_client import Counter
 from sqlalchemy import ColumnElement, RowMapping, and_, delete, or_, select, update
 
 from deskfleet.portal import tables
+from deskfleet.portal.auth_settings import trust
 from deskfleet.portal.records import Records
-from deskfleet.portal.settings import MailSettings, address_of, trust
+from deskfleet.portal.settings import MailSettings, address_of
 from deskfleet.portal.store import Store, upsert
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.machine import Machine

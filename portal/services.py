@@ -16,10 +16,14 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
 
 from deskfleet.ledger.reader import Reader
+from deskfleet.portal import methods
 from deskfleet.portal.accounts import Accounts
 from deskfleet.portal.audit import Audit
-from deskfleet.portal.auth import Chain, Method
+from deskfleet.portal.auth import Chain
+from deskfleet.portal.auth_header import ProxyHeaders
+from deskfleet.portal.auth_oidc import OpenIdConnect
 from deskfleet.portal.desktops import Desktops
+from deskfleet.portal.email_codes import EmailCodes
 from deskfleet.portal.fleet import Fleet
 from deskfleet.portal.grants import Grants
 from deskfleet.portal.launching import Seals
@@ -67,6 +71,9 @@ class Services:
     catalogue: Catalogue
     accounts: Accounts
     chain: Chain
+    codes: EmailCodes | None
+    headers: ProxyHeaders | None
+    oidc: OpenIdConnect | None
     logins: Logins
     throttle: Throttle
     audit: Audit
@@ -105,6 +112,7 @@ class Services:
             ("links", self.shares.prune),
             ("rights", self.grants.prune),
             *([("mails", self.notices.prune)] if self.notices is not None else []),
+            *([("codes", self.codes.prune)] if self.codes is not None else []),
         ):
             run_callback(prune, f"forgetting old {what}")
 
@@ -138,7 +146,6 @@ def build(
     records = Records(ledger, clock, settings.host_silent_s)
     catalogue = Catalogue(catalogue_folder)
     accounts = Accounts(store, clock)
-    known: dict[str, Method] = {"local": accounts}
     outbox = Outbox(store, reader, bus, clock, defer)
     grants = Grants(store, bus, replica, clock)
     metrics = Metrics("portal")
@@ -146,11 +153,13 @@ def build(
         partial(_count, outbox)
     )
     metrics.gauge("broker_connected", "1 while messages can be published").set_function(lambda: float(bus.connected))
-    notices = None
+    logins = metrics.counter("logins", "Answers to tries to log in", ["method", "result"])
+    notices = send = None
     if settings.mail is not None:
         send = sender_over(settings.mail, urlsplit(settings.public_url).hostname or "localhost")
         mails = metrics.counter("mails", "What became of mails to people whose desktop is ready", ["fate"])
         notices = Notices(store, records, catalogue.machines, clock, settings.mail, settings.public_url, send, mails)
+    ways = methods.build(settings, accounts, store, clock, send, logins)
     return Services(
         settings=settings,
         clock=clock,
@@ -158,8 +167,11 @@ def build(
         bus=bus,
         catalogue=catalogue,
         accounts=accounts,
-        chain=Chain([known[name] for name in settings.auth], settings.admins),
-        logins=Logins(store, clock),
+        chain=ways.chain,
+        codes=ways.codes,
+        headers=ways.headers,
+        oidc=ways.oidc,
+        logins=Logins(store, clock, settings.login_idle_s),
         throttle=Throttle(store, clock),
         audit=Audit(store, clock),
         outbox=outbox,
@@ -176,7 +188,7 @@ def build(
         metrics=metrics,
         counts=Counts(
             metrics.counter("http_requests", "Answers by endpoint and status", ["endpoint", "status"]),
-            metrics.counter("logins", "Tries to log in", ["result"]),
+            logins,
             metrics.counter("launches", "Launches that were stored", ["via"]),
             metrics.counter("forecasts", "What the scheduler said of would-be launches", ["outlook"]),
             metrics.counter("launches_never_fit", "Launches refused because no host could ever take them"),

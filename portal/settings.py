@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +10,26 @@ from urllib.parse import urlsplit
 from email_validator import EmailNotValidError, validate_email
 from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate, validates_schema
 
+from deskfleet.portal.auth_settings import (
+    LOOPBACK_NAMES,
+    METHODS,
+    EmailSchema,
+    EmailSettings,
+    HeaderSchema,
+    HeaderSettings,
+    ImapSchema,
+    LdapSchema,
+    LdapSettings,
+    MailboxSettings,
+    OidcSchema,
+    OidcSettings,
+    SmtpSchema,
+    trust,
+)
 from deskfleet.runtime.secret import Secret
 from deskfleet.runtime.settings import SHORTEST_KEY, KeysField, Network, NetworkField, SecretField
 from deskfleet.schemas.messages import ADDRESS
 
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 _DAY = 24 * 3600
 
 
@@ -68,6 +82,19 @@ class PortalSettings:
     threads: int
     front_proxies: tuple[Network, ...]
     mail: MailSettings | None
+    login_idle_s: int
+    ldap: LdapSettings | None
+    imap: MailboxSettings | None
+    smtp: MailboxSettings | None
+    email: EmailSettings | None
+    header: HeaderSettings | None
+    oidc: OidcSettings | None
+
+    @property
+    def realms(self) -> frozenset[str]:
+        """The realms that the methods in use speak for."""
+        sections = (getattr(self, name) for name in self.auth if name != "local")
+        return frozenset(realm for section in sections if (realm := getattr(section, "realm", "")))
 
     @property
     def secure(self) -> bool:
@@ -89,11 +116,6 @@ def address_of(user: str, domain: str) -> str | None:
     except EmailNotValidError:
         return None
     return found.ascii_email
-
-
-def trust(ca: str) -> ssl.SSLContext:
-    """Whose certificates are believed: those in the file `ca`, or the system's when it is empty. Raises OSError."""
-    return ssl.create_default_context(cafile=ca or None)
 
 
 def _address(default: str) -> fields.String:
@@ -118,6 +140,19 @@ def _check_url(text: str, plain: str, secure: str, path: bool) -> list[str]:
         wrong.append(f"{plain}:// is for {', '.join(sorted(LOOPBACK_NAMES))} only; use {secure}://")
     if parts.query or parts.fragment or parts.username or (not path and parts.path not in ("", "/")):
         wrong.append("must hold no login, query or fragment" + ("" if path else ", and no path"))
+    return wrong
+
+
+def _auth_faults(data: Mapping[str, Any]) -> list[str]:
+    """What the ways to log in lack. A section that is not valid is missing from `data` and has been told."""
+    auth = data.get("auth") or []
+    wrong = [
+        f"{name}: needs a section [portal.{name}]" for name in auth if name != "local" and data.get(name, 1) is None
+    ]
+    if len(set(auth)) != len(auth):
+        wrong.append("names a way to log in twice")
+    if "email" in auth and data.get("mail", 1) is None:
+        wrong.append("email: codes are sent by mail, which needs a section [portal.mail]")
     return wrong
 
 
@@ -178,10 +213,16 @@ class PortalSchema(Schema):
     ticket_keys = KeysField(required=True)
     admins = fields.List(fields.Str(validate=validate.Length(1, 320)), load_default=list)
     auth = fields.List(
-        fields.Str(validate=validate.OneOf(["local"])),
+        fields.Str(validate=validate.OneOf(METHODS)),
         required=True,
         validate=validate.Length(min=1, error="name at least one way to log in"),
     )
+    ldap = fields.Nested(LdapSchema, load_default=None)
+    imap = fields.Nested(ImapSchema, load_default=None)
+    smtp = fields.Nested(SmtpSchema, load_default=None)
+    email = fields.Nested(EmailSchema, load_default=None)
+    header = fields.Nested(HeaderSchema, load_default=None)
+    oidc = fields.Nested(OidcSchema, load_default=None)
     title = fields.Str(load_default="Deskfleet", validate=validate.Length(1, 60))
     lifetime_default_s = _seconds(8 * 3600, 60, 366 * _DAY)
     lifetime_max_s = _seconds(7 * _DAY, 60, 366 * _DAY)
@@ -189,6 +230,7 @@ class PortalSchema(Schema):
     share_max_s = _seconds(_DAY, 60, 366 * _DAY)
     wait_s = _seconds(3600, 10, 366 * _DAY)
     login_s = _seconds(12 * 3600, 60, 30 * _DAY)
+    login_idle_s = _seconds(2 * 3600, 0, 30 * _DAY)
     host_silent_s = _seconds(20, 5, 3600)
     workers = fields.Int(load_default=1, strict=True, validate=validate.Range(1, 64))
     threads = fields.Int(load_default=16, strict=True, validate=validate.Range(1, 256))
@@ -206,6 +248,7 @@ class PortalSchema(Schema):
             wrong["lifetime_default_s"] = ["is more than lifetime_max_s"]
         if "database" in data and not data["database"].reveal().startswith(("sqlite:///", "postgresql")):
             wrong["database"] = ["must be sqlite:///PATH or postgresql+psycopg://…"]
+        wrong["auth"] = _auth_faults(data)
         wrong = {name: lines for name, lines in wrong.items() if lines}
         if wrong:
             raise ValidationError(wrong)

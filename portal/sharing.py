@@ -9,9 +9,10 @@ from werkzeug.wrappers import Response
 
 from deskfleet.portal import actions
 from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.login_pages import Page
 from deskfleet.portal.services import services
 from deskfleet.portal.shares import Audience, Share
-from deskfleet.portal.views import Page, checked
+from deskfleet.portal.views import checked
 from deskfleet.portal.web import mine, public, someone
 
 sharing = Blueprint("sharing", __name__)

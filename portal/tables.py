@@ -39,6 +39,21 @@ login = Table(
     Column("groups", Text, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
+    Column("used_at", Float, nullable=False),
+)
+
+#: Codes that were asked for by mail, each bound to the browser that holds the secret behind `digest`.
+code = Table(
+    "portal_code",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("address", String(320), nullable=False),
+    Column("code", String(64), nullable=False),
+    Column("mailed", Boolean, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float, nullable=False),
+    Index("ix_portal_code_address", "address", "created_at"),
 )
 
 token = Table(

@@ -1,7 +1,8 @@
 """Slowing down those who guess passwords, without locking out those who don't.
 
 A try is counted before the password is looked at and given back when it was right, so that many tries at once gain
-nothing. Three counters apply: for this name from this address, for the address, and for the name from everywhere.
+nothing. Three counters apply: for this name from this address, for the address, and for the name from everywhere; the
+last one delays only those who have failed before, since a flood would else keep out the name's owner.
 A browser that has logged in to the name before has a counter of its own, so nobody can keep its owner out. A refused
 try counts nothing: whoever waits as told gets in.
 """
@@ -9,8 +10,10 @@ try counts nothing: whoever waits as told gets in.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import math
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import delete, select, update
@@ -24,15 +27,18 @@ _FORGET_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """One thing that is counted: free up to `free` failures, then 1, 2, 4 … seconds between tries, at most `cap`."""
+    """One thing that is counted: free up to `free` failures, then `first`, twice as many, … seconds between tries, at
+    most `cap`. A `shared` one delays only those who have failed before, by the counters that are not."""
 
     key: str
     free: int
     cap: float
+    first: float = 1.0
+    shared: bool = False
 
     def delay(self, failures: int) -> float:
         """Seconds that must lie between the last try and the next."""
-        return 0.0 if failures < self.free else min(self.cap, 2.0 ** min(failures - self.free, 16))
+        return 0.0 if failures < self.free else min(self.cap, self.first * 2.0 ** min(failures - self.free, 16))
 
 
 def counters(user: str, address: str, known_browser: str) -> tuple[Counter, ...]:
@@ -40,11 +46,40 @@ def counters(user: str, address: str, known_browser: str) -> tuple[Counter, ...]
     if known_browser:
         return (Counter(_key("browser", user, known_browser), 5, 60.0),)
     return (
-        Counter(_key("pair", user, address), 3, 60.0),
-        # Many people may share an address and a name has one owner, so these only slow a flood down.
-        Counter(_key("address", address), 30, 5.0),
-        Counter(_key("name", user), 50, 5.0),
+        Counter(_key("pair", user, _network(address, 64)), 3, 60.0),
+        # Many people may share an address, so this only slows a flood down.
+        Counter(_key("address", _network(address, 48)), 30, 5.0),
+        # A flood from everywhere would take each place that comes free: the owner, who did not fail, needs none.
+        Counter(_key("name", user), 50, 5.0, shared=True),
     )
+
+
+def code_counters(address: str, client: str, known_browser: str) -> tuple[Counter, ...]:
+    """What asking for a code by mail counts against: `address` is where it would go, `client` who asks; a browser that
+    has logged in by this address has a counter of its own."""
+    whose = _key("code browser", address, known_browser) if known_browser else _key("code address", address)
+    return (
+        Counter(whose, 1, 600.0, first=60.0),
+        Counter(_key("code client", _network(client, 48)), 10, 300.0, first=5.0),
+    )
+
+
+def folded(user: str, realms: Collection[str]) -> str:
+    """One text for all the ways to type one name, so that none of them gains further tries."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", user).casefold())
+    inner, at, domain = text.rpartition("@")
+    return inner if at and domain in realms else text
+
+
+def _network(address: str, bits: int) -> str:
+    """Who has one address of IPv6 has a whole network of them: a computer /64, a site mostly /48."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return address
+    return str(parsed.ipv4_mapped or ipaddress.ip_network((parsed.packed, bits), strict=False))
 
 
 def _key(*parts: str) -> str:
@@ -71,12 +106,16 @@ class Throttle:
             query = select(table).where(table.c.key.in_(keys)).order_by(table.c.key).with_for_update()
             rows = {row["key"]: row for row in connection.execute(query).mappings()}
             failures: dict[str, int] = {}
-            wait = 0.0
+            waits = []
             for counter in against:
                 # A clock that was set back must not make anybody wait for it.
                 age = max(0.0, now - rows[counter.key]["last_at"])
                 failures[counter.key] = rows[counter.key]["failures"] if age < _FORGET_S else 0
-                wait = max(wait, counter.delay(failures[counter.key]) - age)
+                waits.append(counter.delay(failures[counter.key]) - age)
+            clean = not any(failures[counter.key] for counter in against if not counter.shared)
+            wait = max(
+                (w for w, counter in zip(waits, against, strict=True) if not (counter.shared and clean)), default=0
+            )
             if wait > 0:
                 return math.ceil(wait)
             for key, count in failures.items():

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from flask import Blueprint, make_response, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
-from deskfleet.portal import actions, progress, words
+from deskfleet.portal import actions, progress, signing_in, words
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
-from deskfleet.portal.launching import Wish, lifetimes, offered
+from deskfleet.portal.launching import Wish, lifetimes, may_persist, offered
+from deskfleet.portal.login_pages import Page, local, login_page
 from deskfleet.portal.services import services
 from deskfleet.portal.web import mine, own_desktop, person, public, someone
 from deskfleet.schemas.machine import GpuPolicy, Machine
@@ -22,9 +23,6 @@ from deskfleet.schemas.tickets import SID
 EXTRA_S = 3600
 
 pages = Blueprint("pages", __name__)
-
-#: What a view may return: a text, a text with its status, or a whole response.
-Page = str | tuple[str, int] | Response
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
 _ANY_GPU = "any"
@@ -37,15 +35,6 @@ def checked(sid: str) -> str:
     return sid
 
 
-def local(target: str) -> str:
-    """Where to go after the login: an address on this portal, or the start page.
-
-    Browsers read a backslash as a slash and drop tabs and line ends (URL Standard, 4.4), so none of these may be in it.
-    """
-    plain = target.isascii() and target.isprintable() and not set(target) & {"\\", " "}
-    return target if plain and target.startswith("/") and not target.startswith("//") else "/"
-
-
 @pages.get("/")
 def home() -> Response:
     """Where people begin."""
@@ -55,28 +44,26 @@ def home() -> Response:
 @pages.route("/login", methods=["GET", "POST"])
 @public
 def login() -> Page:
-    """Ask for name and password."""
+    """Ask who somebody is, by every way that the site has."""
     target = local(request.values.get("next", "/"))
-    if request.method == "GET":
-        return redirect(target) if someone() else render_template("login.html", next=target)
     user = request.form.get("user", "")
     try:
-        actions.log_in(user, request.form.get("password", ""))
+        if request.method == "POST":
+            signing_in.log_in(user, request.form.get("password", ""))
+        elif not someone() and ("out" in request.args or not signing_in.by_header()):
+            return login_page(target)
     except Problem as problem:
-        response = make_response(
-            render_template("login.html", next=target, user=user, problem=problem), int(problem.status)
-        )
-        if problem.wait_s:
-            response.headers["Retry-After"] = str(problem.wait_s)
-        return response
+        return login_page(target, problem, user=user)
     return redirect(target, 303)
 
 
 @pages.post("/logout")
 def logout() -> Response:
     """End the login."""
-    actions.log_out()
-    return redirect(url_for("pages.login"), 303)
+    signing_in.log_out()
+    # A proxy in front that names people would log them in again at once.
+    out = "1" if services().headers else None
+    return redirect(url_for("pages.login", out=out), 303)
 
 
 @pages.get("/launch")
@@ -120,6 +107,7 @@ def _form(entry: Machine, seal: str, problem: Problem | None = None) -> str:
         lifetime_s=settings.lifetime_default_s,
         policies=GpuPolicy,
         any_gpu=_ANY_GPU,
+        may_persist=may_persist(person()),
     )
 
 

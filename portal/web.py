@@ -6,13 +6,13 @@ closed by default. A Bearer token stands for itself: with one, cookies are not l
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from flask import current_app, g, request, session
 
 from deskfleet.portal.auth import Identity
+from deskfleet.portal.auth_header import inside
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.grants import login_grant
@@ -76,8 +76,15 @@ def _look_up() -> Identity | None:
     else:
         secret = session.get(LOGIN)
         found = logins.find(secret) if isinstance(secret, str) else None
+    if found is None:
+        return None
+    headers = services().headers
+    if headers is not None and found.method == headers.name and not by_token():
+        # The proxy in front says it anew each time, and may name somebody else by now.
+        now = headers.identify(request.environ)
+        return services().chain.ranked(now) if now and now.user == found.user else None
     # The account may have been disabled, or lost its rights, since.
-    return services().chain.current(found) if found else None
+    return services().chain.current(found)
 
 
 def grant() -> str:
@@ -115,10 +122,7 @@ def administrator() -> Identity:
 def client_address() -> str:
     """Where the request comes from: X-Forwarded-For only counts from a configured front proxy."""
     peer = request.remote_addr or "-"
-    try:
-        trusted = any(ipaddress.ip_address(peer) in network for network in services().settings.front_proxies)
-    except ValueError:
-        return peer
+    trusted = inside(peer, services().settings.front_proxies)
     forwarded = request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip() if trusted else ""
     return forwarded[:64] or peer
 

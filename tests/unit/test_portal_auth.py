@@ -15,6 +15,8 @@ from deskfleet.portal.auth import Answer, Chain, Identity, Unavailable, WrongPas
 class Scripted:
     """A method that gives one answer and remembers what it was asked."""
 
+    distant = True
+
     def __init__(self, name: str, answer: Answer | Exception) -> None:
         self.name = name
         self.answer = answer
