@@ -1,9 +1,9 @@
 """measures: what an idle guest costs in memory and CPU, how soon its display answers, how fast 20 are taken over
 
 A real agent runs N guests of the tiny machine; before that, as many are started by plain qemu with the very same
-command lines (other folders). Memory is the proportional share (PSS of smaps_rollup) of qemu, and, for the agent, of the agent
-itself (here: with the test around it) and of its console bridge. Then the agent is given up and another one takes its
-guests over.
+command lines (other folders). Memory is the proportional share (PSS of smaps_rollup) of qemu, and, for the agent, of
+the agent itself (here: with the test around it) and of its console bridge. Then the agent is given up and another one
+takes its guests over.
 """
 
 from __future__ import annotations
