@@ -59,6 +59,7 @@ def share_part(sid: str) -> Page:
 @sharing.post("/desktops/<sid>/share")
 def make(sid: str) -> Page:
     """Make a link. It is on the answer, and nowhere else."""
+    mine(checked(sid))
     try:
         audience = Audience(request.form.get("audience", ""))
         lifetime_s = int(request.form.get("lifetime_s", ""))
@@ -72,8 +73,6 @@ def make(sid: str) -> Page:
             checked(sid), audience, lifetime_s, passphrase, watch=request.form.get("mode", "full") != "full"
         )
     except Problem as problem:
-        if problem.reason is Refused.NO_SUCH_DESKTOP:
-            raise
         return _owner(sid, problem=problem), int(problem.status)
     link = services().settings.public_url + url_for("sharing.link", link=secret)
     return _owner(sid, link=link, made=made)

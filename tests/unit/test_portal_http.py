@@ -19,6 +19,7 @@ from deskfleet.portal.audit import Entry
 from deskfleet.portal.web import access
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu
+from deskfleet.schemas.messages import StopRequested
 from deskfleet.schemas.session import State
 from deskfleet.schemas.verdict import Verdict
 
@@ -157,6 +158,50 @@ def test_a_person_reaches_no_page_of_the_administrator(world: World, app: Flask,
             assert answer.status_code == 403, path
     assert world.broker.pending("scheduler.commands") == ()
     assert len(audit(world, "refused")) == sum(1 for endpoint, *_ in every_call(app) if ACCESS[endpoint] == "admin")
+
+
+#: What shows or gives away somebody's screen is its owner's alone; the rest of a desktop is an administrator's too.
+OWNERS_ALONE = {
+    "pages.picture",
+    "pages.last",
+    "sharing.share",
+    "sharing.share_part",
+    "sharing.make",
+    "api.make_share",
+}
+#: What is not there although one may ask for it: no last picture was kept, and no link of that name exists.
+NOTHING_THERE = {"pages.last", "sharing.revoke", "api.drop_share"}
+
+
+@pytest.mark.parametrize("state", [State.QUEUED, State.STARTING, State.RUNNING, State.STOPPING, State.ENDED])
+def test_every_route_to_a_desktop_knows_its_owner_in_every_state(world: World, app: Flask, state: State) -> None:
+    """Generated from the route table: nobody, another person, the owner and an administrator, on every method."""
+    world.session(OTHERS, "bob", state)
+    people = {name: signed_in(app, name) for name in ("alice", "bob", "boss")}
+    tokens = {name: browser.csrf("/desktops") for name, browser in people.items()}
+    with app.test_request_context("/"):
+        of_a_desktop = {rule.endpoint for rule in app.url_map.iter_rules() if "sid" in rule.arguments}
+    assert of_a_desktop >= OWNERS_ALONE
+    for endpoint, method, path in every_call(app):
+        if endpoint not in of_a_desktop or ACCESS[endpoint] != "person":
+            continue
+        for name, browser in people.items():
+            answer = browser.client.open(
+                path,
+                method=method,
+                headers={"X-CSRFToken": tokens[name]},
+                json={"extra_s": 60} if endpoint == "api.extend" else {},
+            )
+            may = name == "bob" or (name == "boss" and endpoint not in OWNERS_ALONE)
+            said = f"{name} {method} {path} in {state}: {answer.status_code}"
+            if not may or endpoint in NOTHING_THERE:
+                assert answer.status_code == 404, said
+            else:
+                assert answer.status_code in (200, 201, 202, 204, 302, 303, 409, 422), said
+    assert {(request.actor, request.sid) for request in world.sent() if isinstance(request, StopRequested)} <= {
+        ("bob", OTHERS),
+        ("boss", OTHERS),
+    }
 
 
 @pytest.mark.parametrize("name", [".", ".....", ".*", "alice|boss", "BOSS", "bos", "boss@elsewhere", "root"])
