@@ -6,7 +6,8 @@ import secrets
 
 from deskfleet.portal import words
 from deskfleet.portal.desktops import Desktop
-from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.errors import Problem, Refused, slow_down
+from deskfleet.portal.languages import english
 from deskfleet.portal.launching import Wish, prepare
 from deskfleet.portal.services import services
 from deskfleet.portal.shares import MOST as MOST_LINKS
@@ -86,7 +87,9 @@ def extend(sid: str, extra_s: int) -> Desktop:
     if lifetime_s <= desktop.lifetime_s:
         raise Problem(Refused.LONGEST)
     parts.fleet.extend(sid, who.user, who.admin, lifetime_s)
-    parts.audit.note(who.user, client_address(), "extend", sid, f"to {words.duration(lifetime_s)}, of {desktop.user}")
+    with english():
+        detail = f"to {words.duration(lifetime_s)}, of {desktop.user}"
+    parts.audit.note(who.user, client_address(), "extend", sid, detail)
     return desktop
 
 
@@ -161,7 +164,7 @@ def open_link(secret: str, passphrase: str) -> Share:
         against = counters(found.grant, client_address(), "")
         wait_s = parts.throttle.begin(against)
         if wait_s:
-            raise Problem(Refused.SLOW_DOWN, f"Too many tries. Try again in {words.duration(wait_s)}.", wait_s=wait_s)
+            raise slow_down(wait_s)
         if not parts.shares.opens(found, passphrase):
             raise Problem(Refused.WRONG_PASSPHRASE)
         parts.throttle.forgive(against, all_of_it=True)

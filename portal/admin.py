@@ -10,6 +10,7 @@ from werkzeug.wrappers import Response
 from deskfleet.portal import actions
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.fleet import LONGEST_TEXT, images_on
+from deskfleet.portal.languages import gettext
 from deskfleet.portal.services import services
 from deskfleet.portal.views import checked
 from deskfleet.portal.web import admin_only
@@ -106,7 +107,8 @@ def undrain(host: str) -> Response:
 def declare_dead(host: str) -> Answer:
     """Give up what a host runs. Its name must be typed, so that no slip of the hand does it."""
     if request.form.get("name") != host:
-        problem = Problem(Refused.BAD_FIELDS, "Nothing was done: the name that was typed is not this host's.")
+        message = gettext("Nothing was done: the name that was typed is not this host's.")
+        problem = Problem(Refused.BAD_FIELDS, message)
         return _host_page(host, problem), int(problem.status)
     actions.declare_dead(host)
     return redirect(url_for("admin.page"), 303)

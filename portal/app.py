@@ -17,10 +17,11 @@ from sqlalchemy.exc import DBAPIError
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.wrappers import Response as WerkzeugResponse
 
-from deskfleet.portal import words
+from deskfleet.portal import languages, words
 from deskfleet.portal.admin import admin
 from deskfleet.portal.api import register as register_api
 from deskfleet.portal.errors import ANSWERS, Problem, Refused
+from deskfleet.portal.languages import gettext
 from deskfleet.portal.login_pages import sign_in
 from deskfleet.portal.services import EXTENSION, Services, services
 from deskfleet.portal.sharing import sharing
@@ -63,6 +64,7 @@ def create_app(parts: Services) -> Flask:
     app.extensions[EXTENSION] = parts
     if parts.headers is not None:
         app.wsgi_app = parts.headers.stripping(app.wsgi_app)  # type: ignore[assignment,method-assign]
+    languages.install(app, settings.languages, settings.default_language, _API)
     csrf = CSRFProtect(app)
 
     @app.before_request
@@ -94,12 +96,22 @@ def create_app(parts: Services) -> Flask:
         return {
             "who": someone(),
             "title": settings.title,
+            "language": languages.language(),
+            "languages": {name: languages.NAMES[name] for name in settings.languages},
+            "language_header": languages.HEADER,
             "words": words,
             "now": parts.clock.wall(),
             "asset": asset,
+            "here": here,
         }
 
     return app
+
+
+def here() -> str:
+    """The address of the page, to come back to; the start page when it is the answer to a form."""
+    address = request.full_path.rstrip("?") if request.method == "GET" else "/"
+    return request.script_root + address
 
 
 def asset(name: str) -> str:
@@ -135,7 +147,7 @@ def _headers(response: Response) -> Response:
     if request.endpoint != "static":
         # Every answer may depend on who asks; no cache in between may hand it to another.
         response.headers["Cache-Control"] = "no-store"
-        response.headers["Vary"] = "Cookie, Authorization"
+        response.headers["Vary"] = "Cookie, Authorization, Accept-Language"
     services().counts.requests.labels(request.endpoint or "none", response.status_code).inc()
     return response
 
@@ -158,7 +170,7 @@ def _errors(app: Flask) -> None:
     def _http(error: HTTPException) -> WerkzeugResponse:
         status = HTTPStatus(error.code or 500)
         reason = Refused.NOT_FOUND if status is HTTPStatus.NOT_FOUND else Refused.BAD_REQUEST
-        message = "" if reason is Refused.NOT_FOUND else f"{status.phrase}. {ANSWERS[reason][1]}"
+        message = "" if reason is Refused.NOT_FOUND else f"{status.phrase}. {gettext(ANSWERS[reason][1])}"
         answer = _answer(Problem(reason, message), status=status)
         if isinstance(error, MethodNotAllowed):
             answer.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))
@@ -187,8 +199,7 @@ def _answer(
             reason=problem.reason.value, message=problem.message, details=list(problem.details), reference=reference
         )
     elif problem.reason is Refused.NOT_LOGGED_IN:
-        there = request.full_path.rstrip("?") if request.method == "GET" else "/"
-        target = url_for("pages.login", next=there)
+        target = url_for("pages.login", next=here())
         if request.headers.get("HX-Request"):  # a fragment that polls: the whole page has to go
             return Response(status=HTTPStatus.NO_CONTENT, headers={"HX-Redirect": target})
         return redirect(target)

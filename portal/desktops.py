@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from sqlalchemy.exc import DBAPIError
 
 from deskfleet.ledger.reader import Reader, SessionEvent
-from deskfleet.portal import words
+from deskfleet.portal import details, words
 from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.languages import N_, gettext
 from deskfleet.portal.outbox import Outbox, Request, Stage
 from deskfleet.portal.records import HostState, Records
 from deskfleet.runtime.service import Clock
-from deskfleet.schemas.errors import SENTENCES
 from deskfleet.schemas.machine import Machine
 from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.session import Outcome, Resources, Session, State
@@ -24,11 +24,11 @@ from deskfleet.schemas.session import Outcome, Resources, Session, State
 #: States in which waiting makes sense: the page keeps asking.
 WAITING = frozenset({"saved", "sent", "queued", "assigned", "starting"})
 UNKNOWN = "unknown"
-_SENDING = "Saved, and being sent."
-_QUEUE_AWAY = "Saved. The queue can't be reached right now; your request is sent as soon as it answers."
+_SENDING = N_("Saved, and being sent.")
+_QUEUE_AWAY = N_("Saved. The queue can't be reached right now; your request is sent as soon as it answers.")
 # A broker that works confirms within this time.
 _PROMPT_S = 1.5
-_NOT_TAKEN_UP = "The request could not be handed over in time, so nothing was started. Start it again."
+_NOT_TAKEN_UP = N_("The request could not be handed over in time, so nothing was started. Start it again.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +152,7 @@ class Desktops:
                 asked_at,
                 wait.place if wait else None,
                 wait.estimate_s if wait else None,
-                tuple((verdict.host, verdict.reason.value, verdict.sentence) for verdict in wait.verdicts)
-                if wait
-                else (),
+                tuple((v.host, v.reason.value, details.verdict(v.host, v.text)) for v in wait.verdicts) if wait else (),
                 tuple(self._reader.timeline(desktop.sid)),
             )
         except DBAPIError:
@@ -192,7 +190,7 @@ class Desktops:
 
     def _title(self, machine: str) -> str:
         entry = self._machines().get(machine)
-        return entry.title if entry else machine or "Desktop"
+        return entry.title if entry else machine or gettext("Desktop")
 
     def _from_session(self, session: Session, stop_asked: bool, hosts: Mapping[str, HostState]) -> Desktop:
         host = hosts.get(session.host) if session.on_host else None
@@ -245,37 +243,36 @@ class Desktops:
 def _on_its_way(stage: Stage, age_s: float) -> tuple[str, str, str, str]:
     """State, sentence, outcome and reason of a request that the ledger does not show."""
     if stage is Stage.STORED:
-        return "saved", _SENDING if age_s < _PROMPT_S else _QUEUE_AWAY, "", ""
+        return "saved", gettext(_SENDING if age_s < _PROMPT_S else _QUEUE_AWAY), "", ""
     if stage is Stage.EXPIRED:
-        return "ended", _NOT_TAKEN_UP, Outcome.NO_CAPACITY.value, "not_taken_up"
+        return "ended", gettext(_NOT_TAKEN_UP), Outcome.NO_CAPACITY.value, "not_taken_up"
     if stage is Stage.CANCELLED:
-        return "ended", "Stopped by its owner before it started.", Outcome.CANCELLED.value, "stopped_by_user"
-    return "sent", "Sent. It waits for the scheduler to take it up.", "", ""
+        sentence = gettext("Stopped by its owner before it started.")
+        return "ended", sentence, Outcome.CANCELLED.value, "stopped_by_user"
+    return "sent", gettext("Sent. It waits for the scheduler to take it up."), "", ""
 
 
 def _silence(session: Session, dead: bool) -> str:
     """What can be said of a desktop on a host that does not answer."""
     if dead:
-        return f"{session.host} was declared dead, so this desktop is given up."
-    does_not = f"{session.host} does not answer;"
+        return gettext("%(host)s was declared dead, so this desktop is given up.", host=session.host)
     if session.state is State.RUNNING:
-        return f"{does_not} the desktop may well run on."
+        return gettext("%(host)s does not answer; the desktop may well run on.", host=session.host)
     if session.state is State.STOPPING:
-        return f"{does_not} the desktop is stopped as soon as it does."
-    return f"{does_not} whether it starts the desktop can't be told."
+        return gettext("%(host)s does not answer; the desktop is stopped as soon as it does.", host=session.host)
+    return gettext("%(host)s does not answer; whether it starts the desktop can't be told.", host=session.host)
 
 
 def _sentence(session: Session) -> str:
     if session.state is State.QUEUED:
-        return "It waits for a place on a host."
+        return gettext("It waits for a place on a host.")
     if session.state is State.ASSIGNED:
-        return f"Host {session.host} was chosen and is told to start it."
+        return gettext("Host %(host)s was chosen and is told to start it.", host=session.host)
     if session.state is State.STARTING:
-        return f"Host {session.host} is starting it."
+        return gettext("Host %(host)s is starting it.", host=session.host)
     if session.state is State.RUNNING:
-        return f"It runs on host {session.host}."
-    why = SENTENCES[session.reason] if session.reason else ""
+        return gettext("It runs on host %(host)s.", host=session.host)
+    why = words.reason(session.reason)
     if session.state is State.STOPPING:
-        return f"It is being stopped. {why}".rstrip()
-    outcome = words.OUTCOMES[session.outcome] if session.outcome else "Ended"
-    return f"{outcome}. {why}".rstrip()
+        return f"{gettext('It is being stopped.')} {why}".rstrip()
+    return f"{words.outcome(session.outcome)}. {why}".rstrip()

@@ -17,13 +17,16 @@ from email.message import EmailMessage
 from email.policy import SMTP
 from email.utils import formatdate
 from enum import Enum, auto
+from functools import partial
 from urllib.parse import urlsplit
 
+from babel.support import NullTranslations
 from sqlalchemy import delete, func, insert, select, update
 
 from deskfleet.portal import tables
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.auth_settings import EmailSettings
+from deskfleet.portal.languages import catalogue, language
 from deskfleet.portal.mail import Send
 from deskfleet.portal.settings import address_of
 from deskfleet.portal.store import Store, digest
@@ -119,7 +122,7 @@ class EmailCodes:
             )
         if not room:
             log.warning("no code was sent: as many mails as the settings allow went out in the last hour")
-        if mailed and not self._later(lambda: self._mail(address, code)):
+        if mailed and not self._later(partial(self._mail, catalogue(language()), address, code)):
             self._trouble_until = self._clock.monotonic() + _TROUBLE_S
         return secret
 
@@ -164,21 +167,28 @@ class EmailCodes:
         text = f"deskfleet.code.1\0{row}\0{address}\0{code}"
         return hmac.new(self._key, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
-    def _mail(self, address: str, code: str) -> None:
+    def _mail(self, words: NullTranslations, address: str, code: str) -> None:
         host = urlsplit(self._public_url).hostname
         message = EmailMessage(policy=SMTP)  # it refuses a header that holds a line break
         message["From"] = self._sender
         message["To"] = address
-        message["Subject"] = f"Your code for {self._title}"
+        figures = {"site": self._title, "code": f"{code[:4]} {code[4:]}", "address": self._public_url}
+        message["Subject"] = words.gettext("Your code for %(site)s") % figures
         message["Date"] = formatdate(self._clock.wall())
         message["Message-ID"] = f"<code.{secrets.token_hex(16)}@{host}>"
         message["Auto-Submitted"] = "auto-generated"
-        message.set_content(
-            f"Your code: {code[:4]} {code[4:]}\n\n"
-            f"Type it into the page of {self._public_url} that asks for it, in the browser where you asked. It is good "
-            f"once, for {LIFETIME_S // 60} minutes.\n\n"
-            "If you did not ask for it, somebody else typed your address. Do nothing, and give the code to nobody.\n"
+        lines = (
+            words.gettext("Your code: %(code)s") % figures,
+            words.gettext(
+                "Type it into the page of %(address)s that asks for it, in the browser where you asked. It is good "
+                "once, for ten minutes."
+            )
+            % figures,
+            words.gettext(
+                "If you did not ask for it, somebody else typed your address. Do nothing, and give the code to nobody."
+            ),
         )
+        message.set_content("\n\n".join(lines) + "\n")
         try:
             self._send(message)
         except (smtplib.SMTPException, OSError) as error:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from http import HTTPStatus
 
+from deskfleet.portal.languages import N_, gettext
+from deskfleet.portal.words import duration
 from deskfleet.schemas.errors import SENTENCES, DeskfleetError, Reason
 
 
@@ -51,97 +53,115 @@ class Refused(StrEnum):
 
 
 ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
-    Refused.BAD_REQUEST: (HTTPStatus.BAD_REQUEST, "The portal does not understand this request."),
-    Refused.BAD_FIELDS: (HTTPStatus.UNPROCESSABLE_ENTITY, "Something in this request is missing or not valid."),
+    Refused.BAD_REQUEST: (HTTPStatus.BAD_REQUEST, N_("The portal does not understand this request.")),
+    Refused.BAD_FIELDS: (HTTPStatus.UNPROCESSABLE_ENTITY, N_("Something in this request is missing or not valid.")),
     Refused.STALE_FORM: (
         HTTPStatus.BAD_REQUEST,
-        "This page was open for too long or belongs to another login. Go back, reload it and try again.",
+        N_("This page was open for too long or belongs to another login. Go back, reload it and try again."),
     ),
-    Refused.FOREIGN_PAGE: (HTTPStatus.FORBIDDEN, "Another site may not do this. Open the portal and do it there."),
-    Refused.NOT_LOGGED_IN: (HTTPStatus.UNAUTHORIZED, "Log in first."),
-    Refused.WRONG_PASSWORD: (HTTPStatus.UNAUTHORIZED, "Name or password is wrong."),
+    Refused.FOREIGN_PAGE: (HTTPStatus.FORBIDDEN, N_("Another site may not do this. Open the portal and do it there.")),
+    Refused.NOT_LOGGED_IN: (HTTPStatus.UNAUTHORIZED, N_("Log in first.")),
+    Refused.WRONG_PASSWORD: (HTTPStatus.UNAUTHORIZED, N_("Name or password is wrong.")),
     Refused.LONGEST: (
         HTTPStatus.CONFLICT,
-        "This desktop lasts as long as any may already. Save your work, and start another when it has ended.",
+        N_("This desktop lasts as long as any may already. Save your work, and start another when it has ended."),
     ),
-    Refused.SHARING_OFF: (HTTPStatus.FORBIDDEN, "This site does not allow that desktops are shared in this way."),
+    Refused.SHARING_OFF: (HTTPStatus.FORBIDDEN, N_("This site does not allow that desktops are shared in this way.")),
     Refused.WATCH_ONLY: (
         HTTPStatus.UNPROCESSABLE_ENTITY,
-        "Links for watching only can't be made yet: nothing would keep the guest from typing. Nothing was shared.",
+        N_("Links for watching only can't be made yet: nothing would keep the guest from typing. Nothing was shared."),
     ),
-    Refused.TOO_MANY_LINKS: (HTTPStatus.CONFLICT, "This desktop has very many links. Take one back first."),
+    Refused.TOO_MANY_LINKS: (HTTPStatus.CONFLICT, N_("This desktop has very many links. Take one back first.")),
     Refused.BAD_LINK: (
         HTTPStatus.NOT_FOUND,
-        "This link opens nothing: its time is over, it was taken back, or it is not complete. Ask for a new one.",
+        N_("This link opens nothing: its time is over, it was taken back, or it is not complete. Ask for a new one."),
     ),
-    Refused.WRONG_PASSPHRASE: (HTTPStatus.UNAUTHORIZED, "The passphrase is wrong. Ask whoever gave you the link."),
+    Refused.WRONG_PASSPHRASE: (HTTPStatus.UNAUTHORIZED, N_("The passphrase is wrong. Ask whoever gave you the link.")),
     Refused.LOGIN_UNAVAILABLE: (
         HTTPStatus.SERVICE_UNAVAILABLE,
-        "Your password can't be checked at the moment. It is not your fault; try again in a minute.",
+        N_("Your password can't be checked at the moment. It is not your fault; try again in a minute."),
     ),
     Refused.LOGIN_REFUSED: (
         HTTPStatus.FORBIDDEN,
-        "You could not be logged in this way. Try again; if it persists, ask an administrator whether you may.",
+        N_("You could not be logged in this way. Try again; if it persists, ask an administrator whether you may."),
     ),
-    Refused.BAD_ADDRESS: (HTTPStatus.BAD_REQUEST, "This is not a mail address. Type one, such as ada@example.org."),
-    Refused.CODE_WRONG: (HTTPStatus.UNAUTHORIZED, "The code is wrong. Look at the newest mail, and type it again."),
-    Refused.CODE_EXPIRED: (HTTPStatus.UNAUTHORIZED, "This code is not good any more. Ask for a new one."),
+    Refused.BAD_ADDRESS: (HTTPStatus.BAD_REQUEST, N_("This is not a mail address. Type one, such as ada@example.org.")),
+    Refused.CODE_WRONG: (HTTPStatus.UNAUTHORIZED, N_("The code is wrong. Look at the newest mail, and type it again.")),
+    Refused.CODE_EXPIRED: (HTTPStatus.UNAUTHORIZED, N_("This code is not good any more. Ask for a new one.")),
     Refused.CODE_USED_UP: (
         HTTPStatus.UNAUTHORIZED,
-        "This code has been used, or typed wrongly too often. Ask for a new one.",
+        N_("This code has been used, or typed wrongly too often. Ask for a new one."),
     ),
     Refused.MAIL_UNAVAILABLE: (
         HTTPStatus.SERVICE_UNAVAILABLE,
-        "No mails can be sent at the moment. It is not your fault; try again in a minute.",
+        N_("No mails can be sent at the moment. It is not your fault; try again in a minute."),
     ),
     Refused.SINGLE_SHOT_ONLY: (
         HTTPStatus.UNPROCESSABLE_ENTITY,
-        "Who logs in by a code that comes by mail gets single-shot desktops only: they end when nobody looks at them.",
+        N_(
+            "Who logs in by a code that comes by mail gets single-shot desktops only: "
+            "they end when nobody looks at them."
+        ),
     ),
-    Refused.SLOW_DOWN: (HTTPStatus.TOO_MANY_REQUESTS, "Too many tries."),
-    Refused.NOT_ALLOWED: (HTTPStatus.FORBIDDEN, "Your account may not do this. Ask an administrator."),
-    Refused.NOT_FOUND: (HTTPStatus.NOT_FOUND, "There is no such page."),
+    Refused.SLOW_DOWN: (HTTPStatus.TOO_MANY_REQUESTS, N_("Too many tries.")),
+    Refused.NOT_ALLOWED: (HTTPStatus.FORBIDDEN, N_("Your account may not do this. Ask an administrator.")),
+    Refused.NOT_FOUND: (HTTPStatus.NOT_FOUND, N_("There is no such page.")),
     Refused.NO_SUCH_DESKTOP: (
         HTTPStatus.NOT_FOUND,
-        "You have no such desktop. It may be another person's; your own stand under My desktops.",
+        N_("You have no such desktop. It may be another person's; your own stand under My desktops."),
     ),
-    Refused.NO_SUCH_HOST: (HTTPStatus.NOT_FOUND, "No host of this name has ever reported."),
+    Refused.NO_SUCH_HOST: (HTTPStatus.NOT_FOUND, N_("No host of this name has ever reported.")),
     Refused.UNKNOWN_MACHINE: (
         HTTPStatus.NOT_FOUND,
-        "There is no such machine, or your account may not use it. Pick one from the launch page.",
+        N_("There is no such machine, or your account may not use it. Pick one from the launch page."),
     ),
-    Refused.BAD_RESOURCES: (HTTPStatus.UNPROCESSABLE_ENTITY, "The size asked for is outside what this machine allows."),
+    Refused.BAD_RESOURCES: (
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+        N_("The size asked for is outside what this machine allows."),
+    ),
     Refused.NEVER_FITS: (HTTPStatus.UNPROCESSABLE_ENTITY, SENTENCES[Reason.NEVER_FITS]),
-    Refused.SID_TAKEN: (HTTPStatus.CONFLICT, "This id is taken. Use a new one for a new desktop."),
+    Refused.SID_TAKEN: (HTTPStatus.CONFLICT, N_("This id is taken. Use a new one for a new desktop.")),
     Refused.TOO_MANY_REQUESTS: (
         HTTPStatus.TOO_MANY_REQUESTS,
-        "You have too many requests that have not been taken up yet. Wait for them, or stop some.",
+        N_("You have too many requests that have not been taken up yet. Wait for them, or stop some."),
     ),
-    Refused.NOT_RUNNING: (HTTPStatus.CONFLICT, "The desktop is not running yet."),
-    Refused.ENDED: (HTTPStatus.CONFLICT, "The desktop has ended."),
-    Refused.COOKIE_NEEDED: (HTTPStatus.FORBIDDEN, "A token can't make or remove tokens. Log in with your password."),
+    Refused.NOT_RUNNING: (HTTPStatus.CONFLICT, N_("The desktop is not running yet.")),
+    Refused.ENDED: (HTTPStatus.CONFLICT, N_("The desktop has ended.")),
+    Refused.COOKIE_NEEDED: (
+        HTTPStatus.FORBIDDEN,
+        N_("A token can't make or remove tokens. Log in with your password."),
+    ),
     Refused.QUEUE_AWAY: (
         HTTPStatus.SERVICE_UNAVAILABLE,
-        "The message queue can't be reached, so nothing was changed. Try again in a moment.",
+        N_("The message queue can't be reached, so nothing was changed. Try again in a moment."),
     ),
     Refused.RECORDS_AWAY: (
         HTTPStatus.SERVICE_UNAVAILABLE,
-        "The records can't be read at the moment. Desktops that run keep running; try again in a moment.",
+        N_("The records can't be read at the moment. Desktops that run keep running; try again in a moment."),
     ),
     Refused.BROKEN: (
         HTTPStatus.INTERNAL_SERVER_ERROR,
-        "Something went wrong in the portal. Try again; if it persists, tell an administrator the reference below.",
+        N_("Something went wrong in the portal. Try again; if it persists, tell an administrator the reference below."),
     ),
 }
 
 
 class Problem(DeskfleetError):
-    """Raised when a request is refused; `message` replaces the reason's own sentence, `details` go below it."""
+    """Raised when a request is refused; `message` replaces the reason's own sentence, `details` go below it.
+
+    Both are in the language of who asks.
+    """
 
     def __init__(self, reason: Refused, message: str = "", details: Sequence[str] = (), wait_s: int = 0) -> None:
         self.reason = reason
         self.status, sentence = ANSWERS[reason]
-        self.message = message or sentence
+        self.message = message or gettext(sentence)
         self.details = tuple(details)
         self.wait_s = wait_s
         super().__init__(f"{reason}: {self.message}")
+
+
+def slow_down(wait_s: int) -> Problem:
+    """The refusal of somebody who tried too often; `wait_s` is when they may try again, in seconds."""
+    message = gettext("Too many tries. Try again in %(time)s.", time=duration(wait_s))
+    return Problem(Refused.SLOW_DOWN, message, wait_s=wait_s)

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from deskfleet.ledger.reader import Reader
 from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.languages import N_, gettext
 from deskfleet.portal.records import Records
 from deskfleet.runtime.bus import AccessRefused, Bus, BusDown, BusError, Outgoing, QueueDepth, QueueMissing
 from deskfleet.runtime.service import Clock
@@ -30,18 +31,20 @@ _PATIENCE_S = 2.0
 LONGEST_TEXT = 400
 
 PURPOSES = {
-    SCHEDULER_COMMANDS: "Launches and stops for the scheduler",
-    SCHEDULER_QUESTIONS: "Questions of the launch pages to the scheduler",
-    "scheduler.reports": "What guests report to the scheduler",
-    "scheduler.heartbeats": "Heartbeats of the hosts",
-    DEAD: "Messages that nobody could take",
+    SCHEDULER_COMMANDS: N_("Launches and stops for the scheduler"),
+    SCHEDULER_QUESTIONS: N_("Questions of the launch pages to the scheduler"),
+    "scheduler.reports": N_("What guests report to the scheduler"),
+    "scheduler.heartbeats": N_("Heartbeats of the hosts"),
+    DEAD: N_("Messages that nobody could take"),
 }
 
 
 _PROBLEMS = {
-    BusDown.reason: "The broker can't be reached.",
-    QueueMissing.reason: "There is no such queue: the host is not enrolled, or the scheduler has not been started yet.",
-    AccessRefused.reason: "The portal's login may not ask about it.",
+    BusDown.reason: N_("The broker can't be reached."),
+    QueueMissing.reason: N_(
+        "There is no such queue: the host is not enrolled, or the scheduler has not been started yet."
+    ),
+    AccessRefused.reason: N_("The portal's login may not ask about it."),
 }
 
 
@@ -118,10 +121,10 @@ class QueueView:
     def trouble(self) -> str:
         """What is wrong with it, in words; empty when nothing is."""
         if self.problem:
-            return _PROBLEMS.get(self.problem, self.problem)
+            return gettext(_PROBLEMS[self.problem]) if self.problem in _PROBLEMS else self.problem
         if not self.alarm:
             return ""
-        return "Look into what is in it." if self.name == DEAD else "Nobody reads it."
+        return gettext("Look into what is in it.") if self.name == DEAD else gettext("Nobody reads it.")
 
 
 class Fleet:
@@ -173,11 +176,14 @@ class Fleet:
         return [self._queue(name, depth, until) for name, depth in asked]
 
     def _queue(self, name: str, depth: Future[QueueDepth], until: float) -> QueueView:
-        purpose = PURPOSES.get(name, f"Commands for host {name.removeprefix('host.')}")
+        if name in PURPOSES:
+            purpose = gettext(PURPOSES[name])
+        else:
+            purpose = gettext("Commands for host %(host)s", host=name.removeprefix("host."))
         try:
             found = depth.result(max(0.0, until - self._clock.monotonic()))
         except (BusError, FutureTimeout) as error:
-            reason = error.reason if isinstance(error, BusError) else "no answer in time"
+            reason = error.reason if isinstance(error, BusError) else gettext("no answer in time")
             return QueueView(name, purpose, None, None, reason)
         return QueueView(name, purpose, found.messages, found.consumers, needs_consumer=name != DEAD)
 
@@ -188,7 +194,9 @@ class Fleet:
             Problem: the text is too long, the host has never reported, or the queue did not take the message.
         """
         if len(text) > LONGEST_TEXT:
-            raise Problem(Refused.BAD_FIELDS, details=[f"message: at most {LONGEST_TEXT} characters"])
+            raise Problem(
+                Refused.BAD_FIELDS, details=[gettext("message: at most %(number)s characters", number=LONGEST_TEXT)]
+            )
         self._change(DrainRequested(host, draining, actor, " ".join(text.split())))
 
     def declare_dead(self, host: str, actor: str) -> None:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 
+from deskfleet.portal import details
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.email_codes import EmailCodes
 from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.languages import gettext
 from deskfleet.portal.settings import PortalSettings
 from deskfleet.portal.words import duration
 from deskfleet.schemas.machine import Machine
@@ -96,11 +98,12 @@ def prepare(
         gpu_model=wish.gpu_model,
     )
     lifetime_s = settings.lifetime_default_s if wish.lifetime_s is None else wish.lifetime_s
-    wrong = machine.problems(resources)
+    wrong = [details.say(line) for line in machine.problems(resources)]
     if resources.gpu_model and not resources.gpus:
-        wrong.append("GPUs: a model is named, but no GPU is asked for")
+        wrong.append(gettext("GPUs: a model is named, but no GPU is asked for"))
     if not 60 <= lifetime_s <= settings.lifetime_max_s:
-        wrong.append(f"lifetime: must lie between 1 min and {duration(settings.lifetime_max_s)}")
+        longest = duration(settings.lifetime_max_s)
+        wrong.append(gettext("lifetime: must lie between 1 min and %(longest)s", longest=longest))
     if wrong:
         raise Problem(Refused.BAD_RESOURCES, details=wrong)
     return LaunchRequested(

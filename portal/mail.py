@@ -19,11 +19,13 @@ from email.utils import formatdate
 from enum import StrEnum
 from urllib.parse import urlsplit
 
+from babel.support import NullTranslations
 from prometheus_client import Counter
 from sqlalchemy import ColumnElement, RowMapping, and_, delete, or_, select, update
 
 from deskfleet.portal import tables
 from deskfleet.portal.auth_settings import trust
+from deskfleet.portal.languages import catalogue
 from deskfleet.portal.records import Records
 from deskfleet.portal.settings import MailSettings, address_of
 from deskfleet.portal.store import Store, upsert
@@ -79,6 +81,7 @@ class Notices:
         clock: Clock,
         settings: MailSettings,
         public_url: str,
+        language: Callable[[str], str],
         send: Send,
         count: Counter,
     ) -> None:
@@ -88,6 +91,7 @@ class Notices:
         self._clock = clock
         self._settings = settings
         self._public_url = public_url
+        self._language = language
         self._send = send
         self._count = count
 
@@ -177,7 +181,8 @@ class Notices:
         message = EmailMessage(policy=SMTP)  # it refuses a header that holds a line break
         message["From"] = self._settings.sender
         message["To"] = address
-        subject, text = self._ends(title, left_s) if _minutes(row["kind"]) else self._ready(row, title)
+        words = catalogue(self._language(row["user"]))
+        subject, text = self._ends(words, title, left_s) if _minutes(row["kind"]) else self._ready(words, row, title)
         message["Subject"] = subject
         message["Date"] = formatdate(self._clock.wall())
         message["Message-ID"] = f"<{row['kind'].replace(':', '.')}.{row['sid']}@{urlsplit(self._public_url).hostname}>"
@@ -185,21 +190,22 @@ class Notices:
         message.set_content(text)
         return message
 
-    def _ready(self, row: RowMapping, title: str) -> tuple[str, str]:
-        return (
-            f"Your desktop is ready: {title}",
-            f"The desktop that you waited for is running now: {title}\n\n"
-            f"Open it: {self._public_url}/desktop/{row['sid']}\n\n"
-            "If nobody opens it for a while it ends by itself, and others get its place.\n",
+    def _ready(self, words: NullTranslations, row: RowMapping, title: str) -> tuple[str, str]:
+        address = f"{self._public_url}/desktop/{row['sid']}"
+        lines = (
+            words.gettext("The desktop that you waited for is running now: %(desktop)s") % {"desktop": title},
+            words.gettext("Open it: %(address)s") % {"address": address},
+            words.gettext("If nobody opens it for a while it ends by itself, and others get its place."),
         )
+        return words.gettext("Your desktop is ready: %(desktop)s") % {"desktop": title}, "\n\n".join(lines) + "\n"
 
-    def _ends(self, title: str, left_s: float) -> tuple[str, str]:
-        minutes = max(1, round(left_s / 60))
-        return (
-            f"Your desktop ends in {minutes} min: {title}",
-            f"The time of your desktop is over in about {minutes} min: {title}\n\n"
-            f"Save your work, or let it last longer: {self._public_url}/desktops\n",
+    def _ends(self, words: NullTranslations, title: str, left_s: float) -> tuple[str, str]:
+        figures = {"desktop": title, "minutes": max(1, round(left_s / 60)), "address": f"{self._public_url}/desktops"}
+        lines = (
+            words.gettext("The time of your desktop is over in about %(minutes)s min: %(desktop)s") % figures,
+            words.gettext("Save your work, or let it last longer: %(address)s") % figures,
         )
+        return words.gettext("Your desktop ends in %(minutes)s min: %(desktop)s") % figures, "\n\n".join(lines) + "\n"
 
     def _close(self, row: RowMapping, fate: Fate) -> None:
         self._count.labels(fate.value).inc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deskfleet.portal.desktops import Desktop, Story
+from deskfleet.portal.languages import N_, gettext
 from deskfleet.portal.words import ordinal
 from deskfleet.schemas.session import Event, State
 
@@ -14,11 +15,11 @@ _FAST_MS, _SLOW_MS = 150, 1000
 
 #: What each stage waits for: its name, and the states of a desktop that has reached it.
 _STAGES: tuple[tuple[str, frozenset[str]], ...] = (
-    ("Asked for", frozenset({"saved", "sent", "queued", "assigned", "starting", "running"})),
-    ("Taken up", frozenset({"queued", "assigned", "starting", "running"})),
-    ("Host chosen", frozenset({"assigned", "starting", "running"})),
-    ("Starting", frozenset({"starting", "running"})),
-    ("Ready", frozenset({"running"})),
+    (N_("Asked for"), frozenset({"saved", "sent", "queued", "assigned", "starting", "running"})),
+    (N_("Taken up"), frozenset({"queued", "assigned", "starting", "running"})),
+    (N_("Host chosen"), frozenset({"assigned", "starting", "running"})),
+    (N_("Starting"), frozenset({"starting", "running"})),
+    (N_("Ready"), frozenset({"running"})),
 )
 _EVENTS = {Event.PLACE: 2, Event.ACCEPTED: 3, Event.READY: 4}
 
@@ -53,7 +54,7 @@ def stages(story: Story, now: float) -> list[Stage]:
         if number == first_ahead and desktop.waiting:
             status = "current"
         at = times[number] if status == "done" else now if status == "current" else None
-        found.append(Stage(name, status, None if at is None else max(0.0, at - since)))
+        found.append(Stage(gettext(name), status, None if at is None else max(0.0, at - since)))
     return found
 
 
@@ -61,16 +62,16 @@ def headline(story: Story) -> str:
     """How far it is, in the words of a tab that is not looked at."""
     desktop = story.desktop
     if desktop.over:
-        return "Ended"
+        return gettext("Ended")
     if desktop.host_silent:
-        return "Unknown"
+        return gettext("Unknown")
     if desktop.running:
-        return "Ready"
+        return gettext("Ready")
     if desktop.state == State.STOPPING:
-        return "Stopping"
+        return gettext("Stopping")
     if story.place:
-        return f"{ordinal(story.place)} in the queue"
-    return "Starting" if desktop.host else "Waiting"
+        return gettext("%(place)s in the queue", place=ordinal(story.place))
+    return gettext("Starting") if desktop.host else gettext("Waiting")
 
 
 def _reached(desktop: Desktop, number: int) -> bool:

@@ -31,6 +31,7 @@ from deskfleet.portal.logins import Logins
 from deskfleet.portal.mail import Notices, sender_over
 from deskfleet.portal.outbox import Outbox
 from deskfleet.portal.outlook import Forecasts
+from deskfleet.portal.people import People
 from deskfleet.portal.pictures import Pictures
 from deskfleet.portal.records import Records
 from deskfleet.portal.settings import PortalSettings
@@ -75,6 +76,7 @@ class Services:
     headers: ProxyHeaders | None
     oidc: OpenIdConnect | None
     logins: Logins
+    people: People
     throttle: Throttle
     audit: Audit
     outbox: Outbox
@@ -142,6 +144,7 @@ def build(
     """Put the parts together. Nothing is started; `defer` runs an action soon on the portal's own thread, `replica`
     names this process on the bus."""
     store = Store(settings.database.reveal())
+    people = People(store)
     reader = Reader(ledger)
     records = Records(ledger, clock, settings.host_silent_s)
     catalogue = Catalogue(catalogue_folder)
@@ -158,7 +161,10 @@ def build(
     if settings.mail is not None:
         send = sender_over(settings.mail, urlsplit(settings.public_url).hostname or "localhost")
         mails = metrics.counter("mails", "What became of mails to people whose desktop is ready", ["fate"])
-        notices = Notices(store, records, catalogue.machines, clock, settings.mail, settings.public_url, send, mails)
+        language = partial(_mail_language, people, settings)
+        notices = Notices(
+            store, records, catalogue.machines, clock, settings.mail, settings.public_url, language, send, mails
+        )
     ways = methods.build(settings, accounts, store, clock, send, logins)
     return Services(
         settings=settings,
@@ -172,6 +178,7 @@ def build(
         headers=ways.headers,
         oidc=ways.oidc,
         logins=Logins(store, clock, settings.login_idle_s),
+        people=people,
         throttle=Throttle(store, clock),
         audit=Audit(store, clock),
         outbox=outbox,
@@ -195,6 +202,12 @@ def build(
             metrics.counter("tickets", "Console tickets handed out"),
         ),
     )
+
+
+def _mail_language(people: People, settings: PortalSettings, user: str) -> str:
+    """In which language somebody gets mails: what they read last, while the site offers it."""
+    known = people.language(user)
+    return known if known in settings.languages else settings.default_language
 
 
 def _count(outbox: Outbox) -> float:

@@ -26,6 +26,7 @@ from deskfleet.portal.auth_settings import (
     SmtpSchema,
     trust,
 )
+from deskfleet.portal.languages import NAMES
 from deskfleet.runtime.secret import Secret
 from deskfleet.runtime.settings import SHORTEST_KEY, KeysField, Network, NetworkField, SecretField
 from deskfleet.schemas.messages import ADDRESS
@@ -71,6 +72,8 @@ class PortalSettings:
     admins: frozenset[str]
     auth: tuple[str, ...]
     title: str
+    languages: tuple[str, ...]
+    default_language: str
     lifetime_default_s: int
     lifetime_max_s: int
     sharing: str
@@ -224,6 +227,12 @@ class PortalSchema(Schema):
     header = fields.Nested(HeaderSchema, load_default=None)
     oidc = fields.Nested(OidcSchema, load_default=None)
     title = fields.Str(load_default="Deskfleet", validate=validate.Length(1, 60))
+    languages = fields.List(
+        fields.Str(validate=validate.OneOf(list(NAMES))),
+        load_default=lambda: list(NAMES),
+        validate=validate.Length(min=1),
+    )
+    default_language = fields.Str(load_default=None)
     lifetime_default_s = _seconds(8 * 3600, 60, 366 * _DAY)
     lifetime_max_s = _seconds(7 * _DAY, 60, 366 * _DAY)
     sharing = fields.Str(load_default="signed_in", validate=validate.OneOf(["off", "signed_in", "anybody"]))
@@ -248,6 +257,8 @@ class PortalSchema(Schema):
             wrong["lifetime_default_s"] = ["is more than lifetime_max_s"]
         if "database" in data and not data["database"].reveal().startswith(("sqlite:///", "postgresql")):
             wrong["database"] = ["must be sqlite:///PATH or postgresql+psycopg://…"]
+        if data.get("default_language") and data["default_language"] not in data.get("languages", NAMES):
+            wrong["default_language"] = ["is not one of languages"]
         wrong["auth"] = _auth_faults(data)
         wrong = {name: lines for name, lines in wrong.items() if lines}
         if wrong:
@@ -261,6 +272,8 @@ class PortalSchema(Schema):
                 "public_url": data["public_url"].rstrip("/"),
                 "admins": frozenset(data["admins"]),
                 "auth": tuple(data["auth"]),
+                "languages": tuple(dict.fromkeys(data["languages"])),
+                "default_language": data["default_language"] or data["languages"][0],
                 "front_proxies": tuple(data["front_proxies"]),
             }
         )

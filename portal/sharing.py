@@ -9,6 +9,7 @@ from werkzeug.wrappers import Response
 
 from deskfleet.portal import actions
 from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.languages import gettext
 from deskfleet.portal.login_pages import Page
 from deskfleet.portal.services import services
 from deskfleet.portal.shares import Audience, Share
@@ -66,7 +67,9 @@ def make(sid: str) -> Page:
         if lifetime_s not in LIFETIMES and lifetime_s != services().settings.share_max_s:
             raise ValueError
     except ValueError:
-        raise Problem(Refused.BAD_FIELDS, details=["audience, lifetime_s: pick one of those offered"]) from None
+        raise Problem(
+            Refused.BAD_FIELDS, details=[gettext("audience, lifetime_s: pick one of those offered")]
+        ) from None
     passphrase = request.form.get("passphrase", "")[:_LONGEST_PASSPHRASE]
     try:
         secret, made = actions.share(

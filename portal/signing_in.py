@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 from flask import request, session
 
-from deskfleet.portal import words
 from deskfleet.portal.auth import Answer, Identity, Unavailable, WrongPassword
 from deskfleet.portal.email_codes import EmailCodes, Fault
-from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.errors import Problem, Refused, slow_down
 from deskfleet.portal.grants import login_grant
+from deskfleet.portal.languages import language
 from deskfleet.portal.services import services
 from deskfleet.portal.throttle import Counter, code_counters, counters, folded
 from deskfleet.portal.web import LOGIN, client_address, person
@@ -152,7 +152,7 @@ def _slow_down(against: tuple[Counter, ...], method: str) -> None:
     wait_s = services().throttle.begin(against)
     if wait_s:
         services().counts.logins.labels(method, "slowed").inc()
-        raise Problem(Refused.SLOW_DOWN, f"Too many tries. Try again in {words.duration(wait_s)}.", wait_s=wait_s)
+        raise slow_down(wait_s)
 
 
 def _admitted(answer: Answer, method: str) -> Identity:
@@ -181,5 +181,6 @@ def _enter(who: Identity, name: str) -> Identity:
     session.clear()  # nothing from before the login is good after it, the CSRF token included
     session.update({LOGIN: parts.logins.open(who, parts.settings.login_s), _BROWSER: browser, _WAS: name})
     session.permanent = True
+    parts.people.reads(who.user, language())
     parts.audit.note(who.user, client_address(), "login", detail=who.method)
     return who

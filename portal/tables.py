@@ -30,6 +30,14 @@ account = Table(
     Column("created_at", Float, nullable=False),
 )
 
+#: What is remembered of people, whether they have an account here or elsewhere.
+person = Table(
+    "portal_person",
+    metadata,
+    Column("user", String(320), primary_key=True),
+    Column("language", String(8), nullable=False),
+)
+
 login = Table(
     "portal_login",
     metadata,

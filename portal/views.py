@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from flask import Blueprint, make_response, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
-from deskfleet.portal import actions, progress, signing_in, words
+from deskfleet.portal import actions, details, progress, signing_in, words
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
+from deskfleet.portal.languages import COOKIE, gettext
 from deskfleet.portal.launching import Wish, lifetimes, may_persist, offered
 from deskfleet.portal.login_pages import Page, local, login_page
 from deskfleet.portal.services import services
@@ -21,6 +22,7 @@ from deskfleet.schemas.tickets import SID
 
 #: How much longer a desktop lasts by one click.
 EXTRA_S = 3600
+_YEAR_S = 365 * 24 * 3600
 
 pages = Blueprint("pages", __name__)
 
@@ -64,6 +66,29 @@ def logout() -> Response:
     # A proxy in front that names people would log them in again at once.
     out = "1" if services().headers else None
     return redirect(url_for("pages.login", out=out), 303)
+
+
+@pages.post("/language")
+@public
+def language() -> Response:
+    """Show the pages in another language from now on, in this browser; mails to whoever is logged in follow."""
+    parts, chosen = services(), request.form.get("language", "")
+    if chosen not in parts.settings.languages:
+        raise Problem(Refused.BAD_FIELDS)
+    who = someone()
+    if who is not None:
+        parts.people.reads(who.user, chosen)
+    response = redirect(local(request.form.get("next", "/")), 303)
+    response.set_cookie(
+        COOKIE,
+        chosen,
+        max_age=_YEAR_S,
+        path=url_for("pages.home"),
+        secure=parts.settings.secure,
+        httponly=True,
+        samesite="Lax",
+    )
+    return response
 
 
 @pages.get("/launch")
@@ -118,11 +143,11 @@ def _wish(name: str, form: Mapping[str, str]) -> Wish:
     for field in ("cpus", "memory_mib", "disk_gib", "lifetime_s"):
         text = form.get(field)
         if text is not None and not _NUMBER.fullmatch(text):
-            wrong.append(f"{field}: must be a whole number")
+            wrong.append(gettext("%(field)s: must be a whole number", field=field))
         else:
             numbers[field] = None if text is None else int(text)
     if form.get("persistent", "no") not in ("no", "yes"):
-        wrong.append("persistent: must be yes or no")
+        wrong.append(gettext("persistent: must be yes or no"))
     if wrong:
         raise Problem(Refused.BAD_FIELDS, details=wrong)
     gpu = form.get("gpu")
@@ -151,7 +176,7 @@ def outlook(name: str) -> Page:
         "_outlook.html",
         tone=forecast.outlook.value if forecast else "unknown",
         text=words.forecast(forecast),
-        reasons=[verdict.sentence for verdict in forecast.verdicts] if forecast else [],
+        reasons=[details.verdict(v.host, v.text) for v in forecast.verdicts] if forecast else [],
     )
 
 

@@ -19,10 +19,14 @@ class Verdict:
     detail: str = ""
 
     @property
+    def text(self) -> str:
+        """Why, without the host."""
+        return self.detail or SENTENCES[self.reason]
+
+    @property
     def sentence(self) -> str:
         """What a person reads."""
-        text = self.detail or SENTENCES[self.reason]
-        return f"{self.host}: {text}" if self.host else text
+        return f"{self.host}: {self.text}" if self.host else self.text
 
 
 class Outlook(StrEnum):

@@ -19,6 +19,9 @@ const ASK_TIME_MS = 60000;
 const page = document.body.dataset;
 const csrf = document.querySelector("meta[name=csrf-token]").content;
 const element = (id) => document.getElementById(id);
+// What this file says, in the language of the page; the portal's answers come in it when it is named.
+const words = JSON.parse(element("words").textContent);
+const asking = { Accept: "application/json", [page.languageHeader]: page.language };
 const [screen, stateLine, nameLine, message] = ["screen", "state", "name", "message"].map(element);
 const [paste, keys, fit, full] = ["paste", "keys", "fit", "full"].map(element);
 
@@ -34,12 +37,12 @@ function show(state, text) {
   keys.disabled = !up;
   paste.disabled = !up || !navigator.clipboard;
   screen.classList.toggle("stale", !up);
-  document.title = `${up ? "Ready" : text} · ${page.title}`;
+  document.title = `${up ? words.ready : text} · ${page.title}`;
 }
 
 function end(text) {
   over = true;
-  show("ended", "Ended");
+  show("ended", words.ended);
   message.querySelector("p").textContent = text;
   message.hidden = false;
 }
@@ -59,12 +62,12 @@ async function fetchTicket() {
   try {
     response = await fetch(page.ticket, {
       method: "POST",
-      headers: { "X-CSRFToken": csrf, Accept: "application/json" },
+      headers: { ...asking, "X-CSRFToken": csrf },
       signal: AbortSignal.timeout(OPEN_WITHIN_MS),
     });
     body = await response.json();
   } catch {
-    again("The portal does not answer; trying again…");
+    again(words.silentTrying);
     return null;
   }
   if (response.ok) return body;
@@ -101,7 +104,7 @@ async function connect() {
     if (link !== mine) return;
     mine.up = true;
     failures = 0;
-    show("connected", "Connected");
+    show("connected", words.connected);
     rfb.focus();
   });
   // The guest chooses this text: it is shown, never more.
@@ -114,7 +117,7 @@ async function connect() {
 function drop(which) {
   if (link !== which) return;
   link = null;
-  again(which.up ? "The connection was lost; connecting again…" : "No connection yet; trying again…");
+  again(which.up ? words.again : words.notYet);
 }
 
 function cut(which) {
@@ -144,7 +147,7 @@ paste.addEventListener("click", async () => {
   try {
     link?.rfb.clipboardPasteFrom(await navigator.clipboard.readText());
   } catch {
-    paste.title = "This browser does not let the page read the clipboard";
+    paste.title = words.clipboard;
     paste.disabled = true;
   }
   link?.rfb.focus();
@@ -183,7 +186,7 @@ let endsAt = null; // by this page's own clock
 async function askTime() {
   if (over) return;
   try {
-    const response = await fetch(page.session, { headers: { Accept: "application/json" } });
+    const response = await fetch(page.session, { headers: asking });
     const left = response.ok ? (await response.json()).time_left_s : null;
     endsAt = left === null ? null : performance.now() + left * 1000;
   } catch {
@@ -196,7 +199,7 @@ function showTime() {
   const minutes = endsAt === null ? Infinity : (endsAt - performance.now()) / 60000;
   ending.hidden = over || minutes > WARN_MINUTES;
   ending.toggleAttribute("data-soon", minutes <= SOON_MINUTES);
-  const text = `This desktop ends in ${Math.max(1, Math.round(minutes))} min. Save your work.`;
+  const text = words.ending.replace("{minutes}", String(Math.max(1, Math.round(minutes))));
   if (!ending.hidden && endingText.textContent !== text) endingText.textContent = text;
 }
 
@@ -205,13 +208,13 @@ longer.addEventListener("click", async () => {
   try {
     const response = await fetch(page.extend, {
       method: "POST",
-      headers: { "X-CSRFToken": csrf, Accept: "application/json", "Content-Type": "application/json" },
+      headers: { ...asking, "X-CSRFToken": csrf, "Content-Type": "application/json" },
       body: JSON.stringify({ extra_s: Number(page.extra) }),
     });
     if (!response.ok) endingText.textContent = (await response.json()).message;
     else for (const pause of [1000, 3000, 10000]) setTimeout(askTime, pause); // until the scheduler has taken it up
   } catch {
-    endingText.textContent = "The portal does not answer; try again.";
+    endingText.textContent = words.silent;
   }
   longer.disabled = false;
   link?.rfb.focus();

@@ -28,12 +28,14 @@ window.addEventListener("pageshow", (event) => {
   if (event.persisted) location.reload();
 });
 
+// What this file says, in the language of the page.
+const words = JSON.parse(document.getElementById("words").textContent);
 const offline = document.getElementById("offline");
 
 for (const name of ["htmx:sendError", "htmx:timeout", "htmx:responseError"]) {
   document.addEventListener(name, (event) => {
     const outlook = event.target.closest(".outlook");
-    if (outlook) outlook.textContent = "Whether it starts at once can't be told right now.";
+    if (outlook) outlook.textContent = words.outlook;
     else offline.hidden = false;
   });
 }
@@ -85,7 +87,7 @@ document.addEventListener("click", async (event) => {
   field.select();
   try {
     await navigator.clipboard.writeText(field.value);
-    button.textContent = "Copied";
+    button.textContent = words.copied;
   } catch {
     // It stands selected: the person copies it by hand.
   }

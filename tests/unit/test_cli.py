@@ -18,7 +18,7 @@ from werkzeug.serving import make_server
 from deskfleet.ledger.engine import check_revision, open_engine
 from deskfleet.ledger.reader import Wait
 from deskfleet.ledger.writer import Writer
-from deskfleet.portal import api
+from deskfleet.portal import api, languages
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.cli import main
 from deskfleet.portal.errors import Problem
@@ -129,6 +129,7 @@ def portal(parts: Services) -> Iterator[str]:
     app.config["SECRET_KEY"] = KEY
     app.extensions[EXTENSION] = parts
     app.before_request(check_access)
+    languages.install(app, [languages.ENGLISH], languages.ENGLISH, "/api/")
     api.register(app)
 
     @app.errorhandler(Problem)

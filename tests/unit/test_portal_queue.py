@@ -289,7 +289,7 @@ def test_the_screen_on_a_silent_host_may_still_be_tried_and_comes_back_by_itself
     assert "h1 does not answer; the desktop may well run on." in alice.get(f"/desktop/{MINE}").text
     world.host("h1", seen_ago=1)
     assert alice.get(f"/progress/{MINE}/part").headers["HX-Redirect"] == f"/desktop/{MINE}"
-    assert "does not answer" not in alice.get(f"/desktop/{MINE}").text
+    assert "h1 does not answer" not in alice.get(f"/desktop/{MINE}").text
     assert not alice.get(f"/api/v1/sessions/{MINE}").json["host_silent"]  # type: ignore[index]
 
 
