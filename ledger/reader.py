@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import Connection, Engine, bindparam, select
 
 from deskfleet.ledger import tables
 from deskfleet.ledger.rows import to_host, to_session, to_verdicts
@@ -37,6 +37,18 @@ class Wait:
     verdicts: tuple[Verdict, ...]
 
 
+# Made once: what pages poll is asked hundreds of times a second, and making a statement takes as long as running it.
+_SESSION = select(tables.session).where(tables.session.c.sid == bindparam("of_sid"))
+_TIMELINE = (
+    select(tables.session_event)
+    .where(tables.session_event.c.sid == bindparam("of_sid"))
+    .order_by(tables.session_event.c.id)
+)
+_WAIT = select(tables.session.c.place, tables.session.c.estimate_s, tables.session.c.verdicts).where(
+    tables.session.c.sid == bindparam("of_sid"), tables.session.c.state == State.QUEUED.value
+)
+
+
 def live_sessions(connection: Connection) -> list[Session]:
     """Every session that has not ended, oldest request first."""
     query = select(tables.session).where(tables.session.c.state != State.ENDED.value)
@@ -58,7 +70,7 @@ class Reader:
     def session(self, sid: str) -> Session | None:
         """One session, or None when the scheduler has not recorded it."""
         with self._engine.connect() as connection:
-            row = connection.execute(select(tables.session).where(tables.session.c.sid == sid)).mappings().first()
+            row = connection.execute(_SESSION, {"of_sid": sid}).mappings().first()
             return to_session(row) if row else None
 
     def known(self, sids: Iterable[str]) -> set[str]:
@@ -103,9 +115,8 @@ class Reader:
 
     def timeline(self, sid: str) -> list[SessionEvent]:
         """What happened to a session, oldest first."""
-        query = select(tables.session_event).where(tables.session_event.c.sid == sid)
         with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(tables.session_event.c.id)).mappings()
+            rows = connection.execute(_TIMELINE, {"of_sid": sid}).mappings()
             return [
                 SessionEvent(
                     row["at"],
@@ -120,10 +131,6 @@ class Reader:
 
     def wait(self, sid: str) -> Wait | None:
         """What the scheduler found out about a waiting session at its last look; None when it does not wait."""
-        table = tables.session
-        query = select(table.c.place, table.c.estimate_s, table.c.verdicts).where(
-            table.c.sid == sid, table.c.state == State.QUEUED.value
-        )
         with self._engine.connect() as connection:
-            row = connection.execute(query).mappings().first()
+            row = connection.execute(_WAIT, {"of_sid": sid}).mappings().first()
             return Wait(row["place"], row["estimate_s"], to_verdicts(row)) if row else None

@@ -6,7 +6,7 @@ import json
 import threading
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from werkzeug.security import check_password_hash, generate_password_hash
 
@@ -20,6 +20,8 @@ _SHORTEST_PASSWORD = 8
 # scrypt as werkzeug sets it takes 32 MiB a check: a class that logs in at once must not fill the memory.
 _AT_ONCE = 4
 # What is checked when there is no such account, so that the answer takes as long as for one that exists.
+# Made once: each request of somebody who is logged in asks it.
+_ACCOUNT = select(tables.account).where(tables.account.c.user == bindparam("of_user"))
 _NOBODY = generate_password_hash("nobody")
 
 
@@ -73,7 +75,7 @@ class Accounts:
     def find(self, user: str) -> Account | None:
         """One account by its exact name."""
         with self._store.reading() as connection:
-            row = connection.execute(select(tables.account).where(tables.account.c.user == user)).mappings().first()
+            row = connection.execute(_ACCOUNT, {"of_user": user}).mappings().first()
         if row is None:
             return None
         return Account(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 
-from sqlalchemy import ColumnElement, RowMapping, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, bindparam, delete, func, or_, select, update
 from sqlalchemy.exc import DBAPIError
 
 from deskfleet.ledger.reader import Reader
@@ -70,6 +70,19 @@ class Request:
     launch: LaunchRequested | None
 
 
+def _is_open() -> ColumnElement[bool]:
+    return tables.request.c.state.in_(OPEN)
+
+
+# Made once: the pages that poll ask these hundreds of times a second.
+_LAUNCH = select(tables.request).where(
+    tables.request.c.sid == bindparam("of_sid"), tables.request.c.kind == Kind.LAUNCH
+)
+_STOPPING = select(tables.request.c.sid).where(
+    tables.request.c.sid.in_(bindparam("of_sids", expanding=True)), tables.request.c.kind == Kind.STOP, _is_open()
+)
+
+
 class Outbox:
     """Requests on their way. `defer` runs an action soon on the portal's own thread; `bus` may be down at any time."""
 
@@ -104,17 +117,13 @@ class Outbox:
     def find(self, sid: str) -> Request | None:
         """The launch of this sid, when this portal took it."""
         with self._store.reading() as connection:
-            query = select(tables.request).where(tables.request.c.sid == sid, tables.request.c.kind == Kind.LAUNCH)
-            row = connection.execute(query).mappings().first()
+            row = connection.execute(_LAUNCH, {"of_sid": sid}).mappings().first()
             return _request(row) if row else None
 
     def stopping(self, sids: Sequence[str]) -> set[str]:
         """Which of these have a stop on its way."""
-        query = select(tables.request.c.sid).where(
-            tables.request.c.sid.in_(list(sids)), tables.request.c.kind == Kind.STOP, _is_open()
-        )
         with self._store.reading() as connection:
-            return set(connection.scalars(query))
+            return set(connection.scalars(_STOPPING, {"of_sids": list(sids)}))
 
     def launches_of(self, user: str, limit: int = 100) -> list[Request]:
         """A person's launches, newest first."""
@@ -244,10 +253,6 @@ class Outbox:
         old = tables.request.c.created_at < self._clock.wall() - _KEEP_S
         with self._store.writing() as connection:
             connection.execute(delete(tables.request).where(old, ~_is_open()))
-
-
-def _is_open() -> ColumnElement[bool]:
-    return tables.request.c.state.in_(OPEN)
 
 
 def _request(row: RowMapping) -> Request:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "deploy"), str(ROOT / "tests")]
 
 from demo.broker import free_port  # noqa: E402
-from sqlalchemy import insert  # noqa: E402
+from sqlalchemy import insert, update  # noqa: E402
 from support.portals import KEY, World  # noqa: E402
 
 from deskfleet.ledger.reader import Wait  # noqa: E402
@@ -77,6 +77,8 @@ def people(folder: Path) -> list[tuple[str, str]]:
             tx.explain([(session.sid, Wait(number + 1, 60.0 * number, verdicts), 0.0)])
         secret = world.portal.logins.open(Identity(user, "local"), _YEARS_S)
         polls.append((f"/progress/{sid}/part", f"deskfleet={sign.dumps({'login': secret})}"))
+    with world.portal.store.writing() as connection:
+        connection.execute(update(tables.login).values(used_at=time.time()))
     world.close()
     return polls
 
