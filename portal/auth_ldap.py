@@ -188,9 +188,8 @@ class Directory:
                 return WrongPassword()
             return Unavailable(f"answer to a bind: {_result(connection)}")
         except _FAILURES as error:
-            if deadline.expired or isinstance(error, TimeoutError):
-                raise Away("does not answer a bind in time") from None
-            # Not a reason to let the server rest: what was typed may be what it can't stand.
+            # Not a reason to let the server rest: what was typed may be what it can't stand, and some make those wait
+            # who guess.
             return Unavailable(f"{type(error).__name__} at the bind of a person")
         finally:
             _close(connection)
@@ -308,3 +307,5 @@ def _is_distrust(error: Exception) -> bool:
 def _close(connection: Connection) -> None:
     with suppress(Exception):  # whatever it is, nothing more is wanted of it
         connection.unbind()
+    if connection.socket is not None:  # it forgets the one that never got through
+        connection.socket.close()

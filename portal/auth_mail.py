@@ -76,9 +76,8 @@ class _Mailboxes:
             try:
                 return self._try(ready, plain)
             except _FAILURES as error:
-                if deadline.expired or isinstance(error, TimeoutError):
-                    raise Away("does not answer in time") from None
-                # Not a reason to let the server rest: what was typed may be what it can't stand.
+                # Not a reason to let the server rest: what was typed may be what it can't stand, and some make those
+                # wait who guess.
                 return Unavailable(_why(error))
             finally:
                 self._end(ready)
@@ -103,8 +102,8 @@ class Imap(_Mailboxes):
         try:
             if endpoint.starttls and not endpoint.tls:
                 server.starttls(self._context)
-            if "AUTH=PLAIN" not in server.capabilities:
-                raise imaplib.IMAP4.abort("no AUTH=PLAIN")
+            if "AUTH=PLAIN" not in server.capabilities or server.state != "NONAUTH":
+                raise imaplib.IMAP4.abort("no AUTH=PLAIN, or no need of it")
         except BaseException:
             server.shutdown()
             raise

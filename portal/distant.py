@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
@@ -31,7 +32,6 @@ class Deadline:
     """
 
     def __init__(self, seconds: float) -> None:
-        self.expired = False
         self._lock = threading.Lock()
         self._watched: list[socket.socket] = []
         self._timer = threading.Timer(seconds, self._cut)
@@ -40,8 +40,9 @@ class Deadline:
     def watch(self, connected: socket.socket) -> None:
         """Cut this connection, too, when the time is over."""
         with self._lock:
-            # The plain class: duplicating a TLS socket would want a new handshake.
-            self._watched.append(socket.socket.dup(connected))
+            # Not dup(): of a TLS socket there can be no second one.
+            copy = os.dup(connected.fileno())
+            self._watched.append(socket.socket(connected.family, connected.type, connected.proto, copy))
 
     def __enter__(self) -> Deadline:
         self._timer.start()
@@ -56,7 +57,6 @@ class Deadline:
 
     def _cut(self) -> None:
         with self._lock:
-            self.expired = True
             for connected in self._watched:
                 with suppress(OSError):  # the other side was faster
                     connected.shutdown(socket.SHUT_RDWR)
