@@ -24,7 +24,7 @@ from deskfleet.portal.auth_mail import Imap, Smtp
 PEOPLE = {
     "alice": PASSWORD,
     "gutiérrez": PASSWORD,
-    "o'neil": PASSWORD,
+    "a+b": PASSWORD,
     "-rf": PASSWORD,
     "经济": "пароль с пробелами",
     "quote": 'a "quoted" \\ word {5}',
