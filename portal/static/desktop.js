@@ -2,6 +2,7 @@
 // Where to connect comes from the server alone; nothing in the page's own address is looked at.
 
 import RFB from "./vendor/novnc/core/rfb.js";
+import { tools } from "./desktop-tools.js";
 
 const PAUSES_MS = [300, 1000, 2000, 4000, 5000]; // before each try in a row; the last one repeats
 const OPEN_WITHIN_MS = 15000;
@@ -23,19 +24,18 @@ const element = (id) => document.getElementById(id);
 const words = JSON.parse(element("words").textContent);
 const asking = { Accept: "application/json", [page.languageHeader]: page.language };
 const [screen, stateLine, nameLine, message] = ["screen", "state", "name", "message"].map(element);
-const [paste, keys, fit, full] = ["paste", "keys", "fit", "full"].map(element);
 
 let link = null; // the present connection: {rfb, socket, up, openedAt, heardAt, askedAt}
 let failures = 0;
 let timer = null;
 let over = false;
+const bar = tools(() => (link?.up ? link.rfb : null), words);
 
 function show(state, text) {
   stateLine.dataset.state = state;
   stateLine.textContent = text;
   const up = state === "connected";
-  keys.disabled = !up;
-  paste.disabled = !up || !navigator.clipboard;
+  bar.ready(up);
   screen.classList.toggle("stale", !up);
   document.title = `${up ? words.ready : text} · ${page.title}`;
 }
@@ -93,9 +93,7 @@ async function connect() {
   const now = performance.now();
   const mine = { rfb, socket, up: false, openedAt: now, heardAt: now, askedAt: null };
   link = mine;
-  rfb.scaleViewport = fit.ariaPressed === "true";
-  rfb.clipViewport = !rfb.scaleViewport;
-  rfb.resizeSession = true;
+  bar.prepare(rfb);
   socket.addEventListener("message", () => {
     mine.heardAt = performance.now();
     mine.askedAt = null;
@@ -109,7 +107,7 @@ async function connect() {
   });
   // The guest chooses this text: it is shown, never more.
   rfb.addEventListener("desktopname", (event) => { nameLine.textContent = event.detail.name.slice(0, NAME_CHARACTERS); });
-  rfb.addEventListener("clipboard", (event) => { navigator.clipboard?.writeText(event.detail.text).catch(() => {}); });
+  rfb.addEventListener("clipboard", (event) => bar.received(event.detail.text));
   rfb.addEventListener("disconnect", () => drop(mine));
 }
 
@@ -137,39 +135,6 @@ function watch() {
     link.askedAt = now;
   }
 }
-
-keys.addEventListener("click", () => {
-  link?.rfb.sendCtrlAltDel();
-  link?.rfb.focus();
-});
-
-paste.addEventListener("click", async () => {
-  try {
-    link?.rfb.clipboardPasteFrom(await navigator.clipboard.readText());
-  } catch {
-    paste.title = words.clipboard;
-    paste.disabled = true;
-  }
-  link?.rfb.focus();
-});
-
-fit.addEventListener("click", () => {
-  const scaled = fit.ariaPressed !== "true";
-  fit.ariaPressed = String(scaled);
-  if (!link) return;
-  link.rfb.scaleViewport = scaled;
-  link.rfb.clipViewport = !scaled;
-  link.rfb.dragViewport = false;
-  link.rfb.focus();
-});
-
-full.addEventListener("click", async () => {
-  if (document.fullscreenElement) await document.exitFullscreen();
-  else await document.documentElement.requestFullscreen();
-  link?.rfb.focus();
-});
-
-document.addEventListener("fullscreenchange", () => { full.ariaPressed = String(Boolean(document.fullscreenElement)); });
 
 // Back on the network, or looked at again: no reason to sit out the pause.
 function hurry() {

@@ -21,11 +21,14 @@ from demo.smoke import (
     smoke,
     wait_picture,
 )
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from support.fleets import running_fleet
 from support.screen import identity, read_identity
 
 OUT = Path(__file__).parents[1] / "out"
+#: Where the tiny guest shows the beginning of what is typed, beside an open menu.
+TEXT_BESIDE = (0.11, 0.17, 0.5, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +120,55 @@ def test_pages_of_person_and_administrator(browser: Browser, page: Page, fleet: 
     time.sleep(2.5)  # one poll of the page, which must leave it whole
     assert other.get_by_text("scheduler.commands").count() == 1
     other.screenshot(path=str(OUT / "admin.png"), full_page=True)
+
+
+def settled(page: Page) -> Image.Image:
+    """The text on the screen once no more of it comes."""
+    before = canvas(page)
+    while True:
+        time.sleep(1)
+        now = canvas(page)
+        if not differs(before, now, TEXT_BESIDE):
+            return now
+        before = now
+
+
+def test_keys_clipboard_and_view_are_at_hand(page: Page, fleet: Fleet) -> None:
+    launch(page, fleet.url, "tiny")
+    sid = sid_of(page)
+    page.wait_for_selector("[data-state=connected]", timeout=PATIENCE_MS)
+    wait_picture(page, lambda now: read_identity(now) == identity(sid) or drawn(now), "the guest")
+    expect(page.locator("#hint")).to_be_visible()
+    page.click("#hint-close")
+    page.click("summary:has-text('Clipboard')")
+    before = canvas(page)
+    page.fill("#clip-text", "Hi, you!\n(1+2)*3")
+    page.click("#clip-type")
+    expect(page.locator("#clip-said")).to_have_text("Typed.")
+    wait_picture(page, lambda now: differs(before, now, TEXT_BESIDE), "the typed text")
+    typed = settled(page)
+    for odd in ("é", "ß", "€", "😀"):
+        page.fill("#clip-text", f"a{odd}b")
+        page.click("#clip-type")
+        expect(page.locator("#clip-said")).to_contain_text(f"“{odd}” can't be typed")
+    assert not differs(typed, settled(page), TEXT_BESIDE), "of a text that can't be typed nothing is"
+    page.screenshot(path=str(OUT / "desktop-clipboard.png"))
+    page.keyboard.press("Escape")
+    expect(page.locator("#clip[open]")).to_have_count(0)
+    page.click("summary:has-text('View')")
+    page.select_option("#view", "own")
+    page.select_option("#quality", "slow")
+    page.click("summary:has-text('Keys')")
+    expect(page.locator("details[open]")).to_have_count(1)
+    page.click("[data-hold=shift], [data-hold=ctrl]")
+    expect(page.locator("[data-hold=ctrl]")).to_have_attribute("aria-pressed", "true")
+    page.click("[data-hold=ctrl]")
+    page.screenshot(path=str(OUT / "desktop-keys.png"))
+    full_of_text = canvas(page)
+    page.click("#keys")
+    wait_picture(page, lambda now: differs(full_of_text, now, TEXT_BESIDE), "the guest that Ctrl-Alt-Del has restarted")
+    page.reload()
+    page.wait_for_selector("[data-state=connected]", timeout=PATIENCE_MS)
+    expect(page.locator("#view")).to_have_value("own")
+    expect(page.locator("#hint")).to_be_hidden()
+    assert sid_of(page) == sid
