@@ -67,10 +67,11 @@ def test_no_text_of_a_template_stands_outside_of_gettext() -> None:
 
 
 def test_scripts_say_nothing_but_words_of_the_page() -> None:
-    for script, page in (("site.js", "base.html"), ("desktop.js", "desktop.html")):
-        source = re.sub(r"//.*", "", (PORTAL / "static" / script).read_text())
+    for scripts, page in (("site.js", "base.html"), ("desktop.js desktop-tools.js", "desktop.html")):
+        texts = [(PORTAL / "static" / script).read_text() for script in scripts.split()]
+        source = re.sub(r"//.*|/\*\*[\s\S]*?\*/", "", "\n".join(texts))
         (given,) = re.findall(r'id="words">\{\{(.*?)\}\}', (PORTAL / "templates" / page).read_text(), re.DOTALL)
-        assert set(re.findall(r"\bwords\.(\w+)", source)) == set(re.findall(r'"(\w+)": _\(', given)), script
+        assert set(re.findall(r"\bwords\.(\w+)", source)) == set(re.findall(r'"(\w+)": _\(', given)), scripts
         literals = re.findall(r'"([^"\n]*)"|`([^`]*)`', source)
         assert not [
             text for pair in literals for text in pair if re.search(r"[A-Z][a-z]+ [a-z]+|[a-z] [a-z]+ [a-z]", text)
