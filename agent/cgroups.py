@@ -7,7 +7,6 @@ outlive it. It belongs to a unit of its own, deskfleet-guests.service, which kee
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +69,7 @@ class Groups:
     def __init__(self, root: Path, host: str) -> None:
         self._root = root
         self._home = root / host
-        self._controllers: tuple[str, ...] = ()
+        self._controllers: tuple[str, ...] | None = None
 
     def prepare(self) -> None:
         """Hand down the controllers that there are.
@@ -78,12 +77,12 @@ class Groups:
         Raises:
             GroupError: there is no such group, or not every controller; those that there are work.
         """
-        with contextlib.suppress(OSError):
-            there = (self._root / "cgroup.controllers").read_text().split()
-            wanted = tuple(name for name in CONTROLLERS if name in there)
+        if self._root.is_dir():
             try:
                 self._home.mkdir(exist_ok=True)
-                for folder in (self._root, self._home):
+                there = (self._root / "cgroup.controllers").read_text().split()
+                wanted = tuple(name for name in CONTROLLERS if name in there)
+                for folder in (self._root, self._home) if wanted else ():
                     (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in wanted))
             except OSError as error:
                 raise GroupError(f"{error.filename}: {error.strerror}") from error
@@ -93,8 +92,9 @@ class Groups:
             raise GroupError(why)
 
     def create(self, sid: str, size: Size) -> Path | None:
-        """A new group with a guest's limits; None where there is nothing to limit by. Raises OSError."""
-        if not self._controllers:
+        """A new group with a guest's limits, as far as there are controllers; None where no groups are. Raises
+        OSError."""
+        if self._controllers is None:
             return None
         group = self._home / sid
         group.mkdir(exist_ok=True)
