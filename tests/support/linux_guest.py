@@ -65,21 +65,26 @@ def build(folder: Path) -> Path:
     return folder
 
 
-def running(linux: Path, script: str, output: Path, *more: str, inner: Spawn = spawn) -> Spawn:
-    """A spawner whose guests run this script; what it says comes into `output`."""
+def options(linux: Path, script: str, output: Path) -> list[str]:
+    """qemu's options for a machine that runs this script; what it says comes into `output`."""
     file = output.with_suffix(".sh")
     lease = "cat >/lease <<'EOF'\n" + _LEASE + "EOF\nchmod 755 /lease\n"
     file.write_text(lease + script)
     file.chmod(0o644)
     output.touch()
     output.chmod(0o666)
-    options = (
+    return [
         "-kernel", str(linux / "vmlinuz"), "-initrd", str(linux / "initrd"), "-append", "console=ttyS1 quiet",
-        "-fw_cfg", f"name=opt/test/script,file={file}", "-serial", f"file:{output}", "-no-reboot", *more,
-    )  # fmt: skip
+        "-fw_cfg", f"name=opt/test/script,file={file}", "-serial", f"file:{output}", "-no-reboot",
+    ]  # fmt: skip
+
+
+def running(linux: Path, script: str, output: Path) -> Spawn:
+    """A spawner whose guests run this script."""
+    more = options(linux, script, output)
 
     def wrapped(argv: Sequence[str], **how: Any) -> int:
-        return inner([*argv, *options] if "qemu-system" in argv[0] else argv, **how)
+        return spawn([*argv, *more] if "qemu-system" in argv[0] else argv, **how)
 
     return wrapped
 
