@@ -292,6 +292,13 @@ class Agent:
         if watch:
             limits.count_viewers(watch, count, self._now())
 
+    def says(self, sid: str, text: str) -> None:
+        """What people should know of a guest that runs; empty when there is nothing."""
+        entry = self._entries.get(sid)
+        if entry and entry.phase is Phase.RUNNING and entry.detail != text:
+            log.warning("%s: %s", sid, text or "goes on")
+            self._save(replace(entry, detail=text))
+
     # --- time -----------------------------------------------------------------------------------------------
 
     def tick(self) -> None:

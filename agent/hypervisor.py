@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from deskfleet.agent import argv as build
-from deskfleet.agent import devices
+from deskfleet.agent import devices, stalls
 from deskfleet.agent.guest_agent import GuestAgent, GuestAgentError, guest_agent
 from deskfleet.agent.images import DiskError, Disks, ImageIndex
 from deskfleet.agent.journal import Entry
@@ -39,6 +39,8 @@ class News(Protocol):
     def exited(self, sid: str, detail: str = "") -> None: ...
 
     def viewers(self, sid: str, count: int) -> None: ...
+
+    def says(self, sid: str, text: str) -> None: ...
 
 
 @dataclass(slots=True)
@@ -158,16 +160,30 @@ class QemuHypervisor:
             try:
                 async with guest_agent(guest.paths.guest_agent) as inside, monitor(guest.paths.qmp) as qemu:
                     guest.monitor, guest.inside = qemu, inside
-                    with qemu.events("VNC_CONNECTED", "VNC_INITIALIZED", "VNC_DISCONNECTED") as events:
+                    with qemu.events("VNC_CONNECTED", "VNC_INITIALIZED", "VNC_DISCONNECTED", "STOP") as events:
                         await self._count(sid, qemu)
-                        async for _ in events:
+                        self._task(guest, self._see_through(sid, guest, qemu))
+                        async for name in events:
                             await self._count(sid, qemu)
+                            if name == "STOP":
+                                self._task(guest, self._see_through(sid, guest, qemu))
             except MonitorError as error:
                 log.info("%s: %s", sid, error)
             finally:
                 guest.monitor = guest.inside = None
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(guest.ended.wait(), 1.0)
+
+    async def _see_through(self, sid: str, guest: _Guest, qemu: Monitor) -> None:
+        """See a pause of the guest through, for as long as this connection lasts: a qemu that waits for its disk may
+        answer late."""
+        while guest.monitor is qemu:
+            try:
+                await stalls.watch(qemu, self._disks.free, lambda text: self.news.says(sid, text))
+                break
+            except MonitorError as error:
+                log.info("%s: %s", sid, error)
+                await asyncio.sleep(1.0)
 
     async def _count(self, sid: str, qemu: Monitor) -> None:
         self.news.viewers(sid, await qemu.viewers())

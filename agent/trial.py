@@ -76,6 +76,9 @@ class _News:
     def viewers(self, _sid: str, _count: int) -> None:
         pass
 
+    def says(self, _sid: str, text: str) -> None:
+        self.detail = text
+
 
 def order(machine: Machine, sid: str) -> VmStart:
     """The command that starts this machine in its default size."""

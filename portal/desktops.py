@@ -271,7 +271,8 @@ def _sentence(session: Session) -> str:
     if session.state is State.STARTING:
         return gettext("Host %(host)s is starting it.", host=session.host)
     if session.state is State.RUNNING:
-        return gettext("It runs on host %(host)s.", host=session.host)
+        where = gettext("It runs on host %(host)s.", host=session.host)
+        return f"{where} {session.detail}".rstrip()
     why = words.reason(session.reason)
     if session.state is State.STOPPING:
         return f"{gettext('It is being stopped.')} {why}".rstrip()

@@ -70,6 +70,8 @@ def on_guest(session: Session | None, host: str, guest: GuestReport, max_attempt
         return Step(session, Event.ACCEPTED)
     if guest.phase is Phase.RUNNING and guest.lifetime_s is not None and guest.lifetime_s < session.lifetime_s:
         return LetRun(session)
+    if guest.phase is Phase.RUNNING and guest.detail != session.detail:
+        return Step(session, Event.TELL, detail=guest.detail)
     return None
 
 

@@ -66,8 +66,8 @@ class Unit:
         return self._save(step.session, replace(after, attempt=after.attempt + int(step.counted)), step.event, verdicts)
 
     def _save(self, before: Session, after: Session, event: Event, verdicts: Sequence[Verdict] = ()) -> Session:
-        # A guest that may run longer has begun to run when it did.
-        after = after if event is Event.EXTEND else replace(after, changed_at=self._wall)
+        # A guest that may run longer, or of which something is told, has begun to run when it did.
+        after = after if event in (Event.EXTEND, Event.TELL) else replace(after, changed_at=self._wall)
         self.tx.save(before, after, event, verdicts)
         self._fleet.put(after)
         self._announce(after)

@@ -47,6 +47,7 @@ class Event(StrEnum):
     ACCEPTED = "accepted"  # the host wrote the command into its journal
     READY = "ready"  # the guest's display answers
     EXTEND = "extend"  # it may run longer
+    TELL = "tell"  # its host says how it is while it runs
     RETRY = "retry"  # the host could not start it, or proved that it does not hold it
     STOP = "stop"  # somebody, or a limit, ends it
     GONE = "gone"  # the host no longer runs it
@@ -69,6 +70,7 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.STARTING, Event.STOP): State.STOPPING,
     (State.STARTING, Event.GONE): State.ENDED,
     (State.RUNNING, Event.EXTEND): State.RUNNING,
+    (State.RUNNING, Event.TELL): State.RUNNING,
     (State.RUNNING, Event.STOP): State.STOPPING,
     (State.RUNNING, Event.GONE): State.ENDED,
     (State.STOPPING, Event.GONE): State.ENDED,
