@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from support import linux_guest
-from support.guests import Host, build_tiny, scenario, short_folder, with_options
+from support.guests import ROOT, Host, build_tiny, scenario, short_folder, with_options
 
 from deskfleet.agent import share
 from deskfleet.agent.processes import Spawn, spawn
@@ -42,9 +42,12 @@ ln -s ../../secret /home/link && ln -s /etc/shadow /home/shadow
 cat /home/link /home/shadow || echo "leads nowhere"
 mknod /home/disk b 8 0 || echo "refused mknod"
 """
+#: What mounts them in the desktop that comes with Deskfleet.
+DESKTOP = ROOT / "machines/desktop/files/usr/local/lib/desktop/mount-volumes"
 READ_AGAIN = """
-cat /mnt/home/first && ls -ln /mnt/home/first
-echo "$(ls /mnt)"
+cat /mnt/course/note /mnt/tools/note /mnt/home/first
+stat -c '%u %a' /mnt/home /mnt/home/first
+awk '$1 ~ /course|tools|home/ {print $1, $3, substr($4, 1, 2)}' /proc/mounts
 """
 
 
@@ -92,14 +95,14 @@ def test_a_guest_reads_shared_folders_and_keeps_its_person_s_own_one(
     out = [host.folder / name for name in ("first", "second")]
     users: list[int] = []
 
-    scripts = zip((READ_AND_WRITE, READ_AGAIN), out, strict=True)
+    scripts = zip((MOUNT + READ_AND_WRITE, DESKTOP.read_text() + READ_AGAIN), out, strict=True)
 
     def spawner(argv: Sequence[str], **how: Any) -> int:
         if "qemu-system" not in argv[0]:
             return spawn(argv, **how)
         users.append(how["uid"])
         script, output = next(scripts)
-        return linux_guest.running(images[2], MOUNT + script, output)(argv, **how)
+        return linux_guest.running(images[2], script, output)(argv, **how)
 
     async def work() -> None:
         async with await host.start(spawner):
@@ -122,7 +125,17 @@ def test_a_guest_reads_shared_folders_and_keeps_its_person_s_own_one(
     refusals = ["/mnt/course/new", "/mnt/tools/new", "rm course", "chmod tools", "mknod"]
     assert [line for line in first.splitlines() if line.startswith("refused")] == [f"refused {r}" for r in refusals]
     assert "leads nowhere" in first and "not for guests" not in first and "root:" not in first
-    assert second.splitlines()[3] == "mine" and "1000     1000" in second
+    assert second.splitlines() == [
+        "from course",
+        "from tools",
+        "mine",
+        "1000 700",
+        "1000 644",
+        "course 9p ro",
+        "tools virtiofs ro",
+        "home virtiofs rw",
+        "== end",
+    ]
 
     own = host.folder / "home" / component(USER)
     assert sorted(path.name for path in own.iterdir()) == ["first", "link", "shadow"]

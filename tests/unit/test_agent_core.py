@@ -492,3 +492,20 @@ def test_the_ended_are_listed_for_a_while_and_their_number_outlives_them(
     assert bench.agent.guests() == () and bench.journal.entries == {}
     bench.restart()
     assert bench.agent.last_generation == 9
+
+
+def test_c28_what_is_told_of_a_running_guest_is_reported_once_and_kept_over_a_restart(bench: Bench) -> None:
+    bench.run(persistent=True)
+    bench.hypervisor.runs.add(SID)
+    bench.agent.says(SID, "Paused")
+    before = len(bench.reports)
+    bench.agent.says(SID, "Paused")
+    bench.agent.says("f" * 32, "Paused")
+    assert (bench.reports[-1].phase, bench.reports[-1].detail, len(bench.reports)) == (Phase.RUNNING, "Paused", before)
+    bench.restart()
+    assert bench.agent.guests()[0].detail == "Paused"
+    bench.agent.says(SID, "")
+    assert bench.reports[-1].detail == ""
+    bench.agent.exited(SID)
+    bench.agent.says(SID, "Paused")
+    assert bench.said == (Phase.ENDED, Outcome.GUEST_OFF, Reason.GUEST_OFF) and bench.reports[-1].detail == ""

@@ -129,6 +129,20 @@ def test_c29_a_stop_that_comes_before_its_launch_wins(bench: Bench) -> None:
     assert session is not None and session.state is State.ENDED
 
 
+def test_c28_what_a_host_tells_of_a_running_desktop_stands_with_it_and_changes_nothing_else() -> None:
+    control = Control()
+    host = control.host()
+    sid = control.launch()
+    before = control.session(sid)
+    guest, end = host.guests[sid]
+    for detail in ("Paused: the host's disk is full.", ""):
+        control.wait(60)
+        host.guests[sid] = replace(guest, detail=detail), end
+        host.beat()
+        control.work()
+        assert control.session(sid) == replace(before, detail=detail), "its time began when it did"
+
+
 @pytest.mark.parametrize("drivers", list(Drivers))
 def test_a_host_is_told_what_the_catalogue_says_of_the_devices(drivers: Drivers) -> None:
     control = Control()
