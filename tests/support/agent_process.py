@@ -64,7 +64,8 @@ class Doom:
                 return ""
             return f"{event} {path}"
         if event == "subprocess.Popen":
-            return f"start {arguments[1][0]}" if "qemu-system" in arguments[1][0] else ""
+            # prlimit stands in front of it.
+            return next((f"start {word}" for word in arguments[1] if "qemu-system" in word), "")
         return f"{event.removeprefix('deskfleet.')} {arguments[0]}" if event.startswith("deskfleet.") else ""
 
 
