@@ -29,6 +29,7 @@ from deskfleet.schemas.wire import encode
 _PATIENCE_S = 2.0
 #: The longest maintenance message, in characters.
 LONGEST_TEXT = 400
+_GPUS_S = 5.0
 
 PURPOSES = {
     SCHEDULER_COMMANDS: N_("Launches and stops for the scheduler"),
@@ -135,6 +136,8 @@ class Fleet:
         self._records = records
         self._bus = bus
         self._clock = clock
+        self._gpus_at = float("-inf")
+        self._free_gpus: dict[str, tuple[int, int]] = {}
 
     def readable(self) -> bool:
         """Whether the ledger answers."""
@@ -150,6 +153,28 @@ class Fleet:
             return [self._view(host) for host in self._reader.hosts()]
         except DBAPIError:
             raise Problem(Refused.RECORDS_AWAY) from None
+
+    def free_gpus(self) -> dict[str, tuple[int, int]]:
+        """How many GPUs of each model are free now, and how many there are, on the hosts that take desktops; asked
+        at most every few seconds. Empty when the ledger can't be read."""
+        now = self._clock.monotonic()
+        if now - self._gpus_at > _GPUS_S:
+            self._gpus_at = now
+            try:
+                hosts, live = self._reader.hosts(), self._reader.live()
+            except DBAPIError:
+                hosts, live = [], []
+            taken = {(session.host, address) for session in live for address in session.gpu_addresses}
+            found: dict[str, tuple[int, int]] = {}
+            for host in hosts:
+                report = None if host.draining or host.dead else self._view(host).report
+                for gpu in report.gpus if report else ():
+                    if gpu.offered:
+                        free, there = found.get(gpu.model, (0, 0))
+                        busy = any((host.name, address) in taken for address in gpu.functions)
+                        found[gpu.model] = (free + (not busy), there + 1)
+            self._free_gpus = found
+        return self._free_gpus
 
     def host(self, name: str) -> HostView:
         """One host. Raises Problem when it has never reported."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from flask import Blueprint, make_response, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
-from deskfleet.portal import actions, details, progress, signing_in, words
+from deskfleet.portal import actions, details, forms, progress, signing_in, words
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.languages import COOKIE, gettext
@@ -17,6 +17,7 @@ from deskfleet.portal.login_pages import Page, local, login_page
 from deskfleet.portal.services import services
 from deskfleet.portal.web import mine, own_desktop, person, public, someone
 from deskfleet.schemas.machine import GpuPolicy, Machine
+from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.session import State
 from deskfleet.schemas.tickets import SID
 
@@ -27,7 +28,6 @@ _YEAR_S = 365 * 24 * 3600
 pages = Blueprint("pages", __name__)
 
 _NUMBER = re.compile(r"[0-9]{1,9}")
-_ANY_GPU = "any"
 
 
 def checked(sid: str) -> str:
@@ -96,8 +96,32 @@ def launch() -> Page:
     """What the person may start, each with a button that starts it as it is."""
     parts, who = services(), person()
     machines = offered(parts.catalogue.machines(), who)
-    seals = {machine.name: parts.seals.mint(who.user, machine.name) for machine in machines}
-    return render_template("launch.html", machines=machines, seals=seals, lifetime_s=parts.settings.lifetime_default_s)
+    asked, longest_s = _last_launches(), parts.settings.lifetime_max_s
+    again = {machine.name: forms.last(machine, asked, longest_s) for machine in machines}
+    return render_template(
+        "launch.html",
+        machines=machines,
+        seals={machine.name: parts.seals.mint(who.user, machine.name) for machine in machines},
+        again={name: launch for name, launch in again.items() if launch},
+        filled={name: forms.filled(last, may_persist=may_persist(who)) for name, last in again.items() if last},
+        pictures=parts.catalogue.pictures(),
+        lifetime_s=parts.settings.lifetime_default_s,
+    )
+
+
+def _last_launches() -> list[LaunchRequested]:
+    return [request.launch for request in services().outbox.launches_of(person().user) if request.launch]
+
+
+@pages.get("/launch/<name>/picture")
+def machine_picture(name: str) -> Response:
+    """The picture of a machine, which lies beside its entry in the catalogue."""
+    parts, who = services(), person()
+    entry = parts.catalogue.machines().get(name)
+    png = parts.catalogue.picture(name) if entry and entry.allows(who.user, who.groups) else None
+    if png is None:
+        raise Problem(Refused.NOT_FOUND)
+    return Response(png, mimetype="image/png")
 
 
 @pages.route("/launch/<name>", methods=["GET", "POST"])
@@ -122,17 +146,25 @@ def machine(name: str) -> Page:
 
 def _form(entry: Machine, seal: str, problem: Problem | None = None) -> str:
     settings = services().settings
+    lives = lifetimes(settings)
+    may = may_persist(person())
+    last = forms.last(entry, _last_launches(), settings.lifetime_max_s) if request.method == "GET" else None
+    filled = forms.filled(last, may_persist=may) if last else dict(request.form)
+    if last:
+        lives = sorted({*lives, last.lifetime_s})
     return render_template(
         "machine.html",
         machine=entry,
         seal=seal,
         problem=problem,
-        filled=request.form,
-        lifetimes=lifetimes(settings),
+        filled=filled,
+        presets=forms.presets(entry),
+        free_gpus=services().fleet.free_gpus() if entry.gpu is not GpuPolicy.NEVER else {},
+        lifetimes=lives,
         lifetime_s=settings.lifetime_default_s,
         policies=GpuPolicy,
-        any_gpu=_ANY_GPU,
-        may_persist=may_persist(person()),
+        any_gpu=forms.ANY_GPU,
+        may_persist=may,
     )
 
 
@@ -157,7 +189,7 @@ def _wish(name: str, form: Mapping[str, str]) -> Wish:
         memory_mib=numbers["memory_mib"],
         disk_gib=numbers["disk_gib"],
         gpus=None if gpu is None else int(bool(gpu)),
-        gpu_model="" if gpu in (None, _ANY_GPU) else gpu,
+        gpu_model="" if gpu in (None, forms.ANY_GPU) else gpu,
         persistent=form.get("persistent") == "yes",
         lifetime_s=numbers["lifetime_s"],
     )

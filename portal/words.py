@@ -163,9 +163,10 @@ def iso(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
 
 
-def ladder(low: int, default: int, high: int) -> list[int]:
-    """The sizes that a form offers within a range: doubling from the lowest, with the default and the highest."""
-    steps = {low, default, high}
+def ladder(low: int, default: int, high: int, chosen: int) -> list[int]:
+    """The sizes that a form offers within a range: doubling from the lowest, with the default, the highest, and what
+    was chosen before."""
+    steps = {low, default, high} | ({chosen} if low <= chosen <= high else set())
     step = 1
     while step < high:
         if step > low:

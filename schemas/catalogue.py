@@ -8,6 +8,9 @@ from pathlib import Path
 from deskfleet.schemas.errors import MachineError
 from deskfleet.schemas.machine import Machine, load_catalogue
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MOST_PICTURE = 512 * 1024
+
 
 class Catalogue:
     """The machines of one folder. Cheap to ask: files are parsed again only when name, size or time changed."""
@@ -30,3 +33,18 @@ class Catalogue:
             self._machines, self.errors = load_catalogue(self._folder)
             self._seen = seen
         return self._machines
+
+    def pictures(self) -> frozenset[str]:
+        """The machines that have a picture: NAME.png beside NAME.toml."""
+        return frozenset(path.stem for path in self._folder.glob("*.png"))
+
+    def picture(self, name: str) -> bytes | None:
+        """The picture of a machine; None when there is none, or what lies there is no PNG of at most 512 KiB."""
+        if name not in self.machines():
+            return None
+        try:
+            with (self._folder / f"{name}.png").open("rb") as file:
+                png = file.read(_MOST_PICTURE + 1)
+        except OSError:
+            return None
+        return png if png.startswith(_PNG) and len(png) <= _MOST_PICTURE else None

@@ -92,3 +92,42 @@ document.addEventListener("click", async (event) => {
     // It stands selected: the person copies it by hand.
   }
 });
+
+// Sizes: a list of steps becomes a slider over the same steps, and a named size sets them all.
+for (const list of document.querySelectorAll("select[data-slider]")) {
+  if (list.options.length < 3) continue;
+  const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: list.options.length - 1 });
+  const said = document.createElement("output");
+  const show = () => {
+    slider.value = list.selectedIndex;
+    said.textContent = list.selectedOptions[0].textContent;
+    slider.setAttribute("aria-valuetext", said.textContent);
+  };
+  slider.setAttribute("aria-label", list.name);
+  if (list.labels[0]) slider.setAttribute("aria-label", list.labels[0].firstChild.textContent.trim());
+  slider.addEventListener("input", () => {
+    list.selectedIndex = Number(slider.value);
+    show();
+  });
+  slider.addEventListener("change", () => list.dispatchEvent(new Event("change", { bubbles: true })));
+  list.addEventListener("change", show);
+  list.hidden = true;
+  list.after(slider, said);
+  show();
+}
+
+for (const button of document.querySelectorAll("[data-preset]")) {
+  const size = JSON.parse(button.dataset.preset);
+  const form = button.closest("form");
+  const same = () => Object.entries(size).every(([name, value]) => form.elements[name].value === String(value));
+  const mark = () => { button.ariaPressed = String(same()); };
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    for (const [name, value] of Object.entries(size)) {
+      form.elements[name].value = String(value);
+      form.elements[name].dispatchEvent(new Event("change", { bubbles: true }));
+    }
+  });
+  form.addEventListener("change", mark);
+  mark();
+}

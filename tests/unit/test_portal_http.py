@@ -40,6 +40,7 @@ ACCESS = {
     "pages.launch": "person",
     "pages.machine": "person",
     "pages.outlook": "person",
+    "pages.machine_picture": "person",
     "pages.progress_page": "person",
     "pages.progress_part": "person",
     "pages.desktops": "person",

@@ -40,7 +40,7 @@ def test_every_outcome_has_words() -> None:
 @given(st.tuples(*[st.integers(1, 1 << 24)] * 3).map(sorted))
 def test_a_ladder_stays_in_its_range_and_holds_its_ends(steps: list[int]) -> None:
     low, default, high = steps
-    ladder = words.ladder(low, default, high)
+    ladder = words.ladder(low, default, high, default)
     assert ladder == sorted(set(ladder))
     assert (ladder[0], ladder[-1]) == (low, high) and default in ladder
     assert len(ladder) < 40
