@@ -29,6 +29,7 @@ let link = null; // the present connection: {rfb, socket, up, openedAt, heardAt,
 let failures = 0;
 let timer = null;
 let over = false;
+let greeted = false;
 const bar = tools(() => (link?.up ? link.rfb : null), words);
 
 function show(state, text) {
@@ -38,6 +39,13 @@ function show(state, text) {
   bar.ready(up);
   screen.classList.toggle("stale", !up);
   document.title = `${up ? words.ready : text} · ${page.title}`;
+}
+
+/** Tell a person who looks at something else, if they allowed it. */
+function tell(text) {
+  if (document.visibilityState === "visible" || !("Notification" in window) || Notification.permission !== "granted") return;
+  const told = new Notification(page.title, { body: text, tag: page.ticket });
+  told.addEventListener("click", () => window.focus());
 }
 
 function end(text) {
@@ -101,6 +109,8 @@ async function connect() {
   rfb.addEventListener("connect", () => {
     if (link !== mine) return;
     mine.up = true;
+    if (!greeted) tell(words.readyNow);
+    greeted = true;
     failures = 0;
     show("connected", words.connected);
     rfb.focus();
@@ -147,6 +157,7 @@ document.addEventListener("visibilitychange", hurry);
 const ending = element("ending");
 const [endingText, longer] = [ending.querySelector("span"), ending.querySelector("button")];
 let endsAt = null; // by this page's own clock
+let warned = Infinity; // the last warning that was told, in minutes before the end
 
 async function askTime() {
   if (over) return;
@@ -163,6 +174,9 @@ async function askTime() {
 function showTime() {
   const minutes = endsAt === null ? Infinity : (endsAt - performance.now()) / 60000;
   ending.hidden = over || minutes > WARN_MINUTES;
+  const step = [SOON_MINUTES, WARN_MINUTES].find((limit) => minutes <= limit) ?? Infinity;
+  if (step < warned) tell(words.ending.replace("{minutes}", String(Math.max(1, Math.round(minutes)))));
+  warned = step;
   ending.toggleAttribute("data-soon", minutes <= SOON_MINUTES);
   const text = words.ending.replace("{minutes}", String(Math.max(1, Math.round(minutes))));
   if (!ending.hidden && endingText.textContent !== text) endingText.textContent = text;

@@ -131,3 +131,13 @@ for (const button of document.querySelectorAll("[data-preset]")) {
   form.addEventListener("change", mark);
   mark();
 }
+
+// Asked for by a click, as browsers want it; the desktop's own page tells, once it is there and nobody looks at it.
+const tell = document.querySelector("[data-notify]");
+if (tell && "Notification" in window && Notification.permission === "default") {
+  tell.hidden = false;
+  tell.addEventListener("click", async () => {
+    await Notification.requestPermission();
+    tell.hidden = true;
+  });
+}

@@ -391,3 +391,24 @@ def test_the_end_is_told_on_the_desktops_own_page_and_put_off_by_a_click(browser
         tx.save(session, longer, Event.EXTEND)
     expect(page.locator("#ending")).to_be_hidden()
     page.context.close()
+
+
+def test_a_person_who_looks_elsewhere_is_told_that_the_desktop_is_ready(site: Site, browser: Browser) -> None:
+    page = site.page(browser, "alice", permissions=["notifications"])
+    page.add_init_script(
+        """
+        window.told = [];
+        window.Notification = class {
+          static permission = "granted";
+          constructor(title, options) { window.told.push(options.body); }
+          addEventListener() {}
+        };
+        Object.defineProperty(document, "visibilityState", { get: () => "hidden" });
+        """
+    )
+    site.world.host("h1")
+    site.world.session(SID, "alice", State.RUNNING)
+    page.goto(f"{site.url}/desktop/{SID}")
+    page.wait_for_selector("[data-state=connected]")
+    page.wait_for_function("window.told.length > 0")
+    assert page.evaluate("window.told") == ["Your desktop is ready."]
