@@ -24,6 +24,7 @@ from deskfleet.portal.cli import main
 from deskfleet.portal.errors import Problem
 from deskfleet.portal.services import EXTENSION, Services, build
 from deskfleet.portal.settings import PortalSchema
+from deskfleet.portal.sharing import sharing
 from deskfleet.portal.web import check_access
 from deskfleet.runtime.service import SystemClock
 from deskfleet.runtime.settings import load
@@ -131,6 +132,7 @@ def portal(parts: Services) -> Iterator[str]:
     app.before_request(check_access)
     languages.install(app, [languages.ENGLISH], languages.ENGLISH, "/api/")
     api.register(app)
+    app.register_blueprint(sharing)
 
     @app.errorhandler(Problem)
     def refuse(problem: Problem) -> object:
@@ -496,3 +498,26 @@ def test_no_portal_is_another_exit_status(tmp_path: Path) -> None:
 )
 def test_a_token_is_never_sent_in_the_clear_or_to_nowhere(url: str, secret: str) -> None:
     assert remote(url, secret, "list").exit_code == 2
+
+
+def test_a_desktop_is_shared_shown_and_taken_back(portal: str, parts: Services) -> None:
+    ann = token(parts, "ann")
+    sid = json.loads(remote(portal, ann, "launch", "tiny", "--json").output)["sid"]
+    link = remote(portal, ann, "share", sid, "--for", "30m", "--passphrase", "open sesame").output.strip()
+    assert link.startswith("http://localhost:8080/shared?link=")
+    (made,) = parts.shares.of(sid)
+    assert made.locked and 1700 < made.expires_at - made.created_at <= 1800
+    listed = remote(portal, ann, "shares", sid)
+    assert made.name in listed.output and "signed in" in listed.output and "Nobody has it open" in listed.output
+    assert remote(portal, token(parts, "bob"), "unshare", sid, made.name).exit_code == 1
+    assert remote(portal, ann, "unshare", sid, made.name).exit_code == 0
+    assert parts.shares.of(sid) == []
+    for options, reason in ((("--watch",), "watch_only"), (("--anybody",), "sharing_off")):
+        refused = remote(portal, ann, "share", sid, *options)
+        assert refused.exit_code == 1 and reason in refused.output
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_learns_to_complete_commands(shell: str) -> None:
+    found = CliRunner().invoke(main, ["completion", shell])
+    assert found.exit_code == 0 and "_DESKFLEET_COMPLETE" in found.output
