@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,8 @@ from deskfleet.portal.mail import Send
 from deskfleet.portal.settings import PortalSettings
 from deskfleet.portal.store import Store
 from deskfleet.runtime.service import Clock
+
+log = logging.getLogger(__name__)
 
 #: Where a provider of OpenID Connect sends people back to.
 CALLBACK = "/login/oidc/return"
@@ -63,6 +66,9 @@ def build(
     # Half of the threads may wait for other machines, so that pages go on when one of them hangs.
     room = max(1, settings.threads // 2)
     url = settings.public_url
+    for name, section in (("ldap", settings.ldap), ("imap", settings.imap), ("smtp", settings.smtp)):
+        if section is not None and section.plain and name in settings.auth:
+            log.warning("insecure: passwords go in clear to a server of [portal.%s]", name)
     codes = headers = oidc = None
     passwords: list[Method] = []
     for name in settings.auth:

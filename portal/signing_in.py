@@ -177,6 +177,7 @@ def _enter(who: Identity, name: str) -> Identity:
     old = session.get(LOGIN)
     if isinstance(old, str):
         parts.logins.close(old)
+        parts.grants.revoke([login_grant(old)])
     browser = session.get(_BROWSER) or secrets.token_hex(16)
     session.clear()  # nothing from before the login is good after it, the CSRF token included
     session.update({LOGIN: parts.logins.open(who, parts.settings.login_s), _BROWSER: browser, _WAS: name})
