@@ -295,8 +295,12 @@ def checked(method: Directory, user: str = "alice") -> Answer:
     return answers[0]
 
 
-def test_c08_referrals_are_not_followed(method: Directory, elsewhere: Eavesdropper) -> None:
-    assert isinstance(method.check("alice", PASSWORD), Identity)
+def test_c08_referrals_are_not_followed(
+    slapd: Slapd, authority: Authority, clock: TickingClock, method: Directory, elsewhere: Eavesdropper
+) -> None:
+    assert isinstance(method.check("alice", PASSWORD), Identity), "one is among what is found"
+    answer = checked(directory(slapd, authority, clock, base=f"ou=away,{BASE}", timeout_s=1))
+    assert isinstance(answer, Unavailable) and "referral" in answer.detail
     assert elsewhere.connections == 0
 
 

@@ -146,6 +146,13 @@ def test_c12_an_answer_is_good_once_and_in_the_browser_that_asked(site: Site) ->
     assert len(who(site)) == 1
 
 
+def test_c12_an_attempt_that_failed_is_over(site: Site) -> None:
+    browser = Browser(site.app)
+    url = site.provider.authorize(site.away(browser))
+    assert back(browser, url.replace("code=", "code=x")).status_code == 403
+    assert back(browser, url).status_code == 403 and who(site) == []
+
+
 def test_a_state_of_another_attempt_is_refused(site: Site) -> None:
     browser = Browser(site.app)
     first = site.provider.authorize(site.away(browser))

@@ -78,6 +78,9 @@ def test_the_headers_of_others_are_taken_out_before_anything_sees_them(world: Wo
         seen.append(dict(environ))
         return []
 
+    named = {"HTTP_X_SSO_USER": "ada"}
+    assert headers.identify(named | {"REMOTE_ADDR": STRANGER}) is None, "and would not be believed if they were not"
+    assert headers.identify(named | {"REMOTE_ADDR": PROXY}) is not None
     for peer in (STRANGER, PROXY):
         told = {"REMOTE_ADDR": peer, "HTTP_X_SSO_USER": "ada", "HTTP_X_SSO_GROUPS": "desk admins", "HTTP_HOST": "x"}
         list(headers.stripping(application)(told, None))  # type: ignore[arg-type]
