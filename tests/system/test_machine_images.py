@@ -264,6 +264,35 @@ async def tell(channel: Path, text: str) -> None:
         await inside.show(text, Os.LINUX)
 
 
+#: SetEncodings with the QEMU extended key event: from then on the guest is told which physical key was pressed, and its
+#: own layout decides what it means. That is how noVNC sends keys.
+QEMU_KEYS = struct.pack("!BxHi", 2, 1, -258)
+_CTRL, _ALTGR, _ENTER, _SPACE = 0x1D, 0xB8, 0x1C, 0x39
+_T, _E, _O, _D = 0x14, 0x12, 0x18, 0x20
+#: "tee odd", then on a German layout ß, é (a dead accent, then e), € (AltGr and e), and the end of the file.
+LINE_OF_ODD_LETTERS = (
+    *[(key,) for key in (_T, _E, _E, _SPACE, _O, _D, _D, _ENTER)],
+    (0x0C,),
+    (0x0D,),
+    (_E,),
+    (_ALTGR, _E),
+    (_ENTER,),
+    (_CTRL, _D),
+)
+
+
+def typed(*chords: tuple[int, ...]) -> bytes:
+    """Keys pressed together, one chord after the other, by their scan codes (rfbproto: QEMU Extended Key Event)."""
+
+    def event(key: int, down: bool) -> bytes:
+        return struct.pack("!BBHII", 255, 0, down, 0, key)
+
+    return b"".join(
+        b"".join([*(event(key, True) for key in chord), *(event(key, False) for key in reversed(chord))])
+        for chord in chords
+    )
+
+
 AMBER = (255, 183, 3)
 PANEL = (24, 36, 47)
 
@@ -330,6 +359,10 @@ def test_the_desktop(tmp_path: Path) -> None:
         stream.write(cut_text("from the browser"))
         paste = "runuser -u user -- env DISPLAY=:0 timeout 20 xclip -o -selection clipboard"
         wait_for(lambda: agent.shell(paste) == "from the browser", "the clipboard", SLOW, 1)
+        agent.shell("runuser -u user -- env DISPLAY=:0 setxkbmap de")
+        stream.write(QEMU_KEYS + typed(*LINE_OF_ODD_LETTERS))
+        wait_for(lambda: agent.shell("cat /home/user/odd") == "ßé€\n", "letters that are on no US keyboard", SLOW, 1)
+        agent.shell("runuser -u user -- env DISPLAY=:0 setxkbmap us")
         stream.write(desktop_size(1100, 640))
         current = "runuser -u user -- env DISPLAY=:0 xrandr --current"
         wait_for(lambda: "current 1100 x 640" in agent.shell(current), "the new size", SLOW, 1)
