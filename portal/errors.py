@@ -46,6 +46,9 @@ class Refused(StrEnum):
     BAD_LINK = "bad_link"
     WRONG_PASSPHRASE = "wrong_passphrase"  # noqa: S105
     ENDED = "ended"
+    NO_SUCH_LETTER = "no_such_letter"
+    NOT_REPLAYABLE = "not_replayable"
+    NOT_CONFIRMED = "not_confirmed"
     COOKIE_NEEDED = "cookie_needed"
     QUEUE_AWAY = "queue_away"
     RECORDS_AWAY = "records_away"
@@ -127,6 +130,15 @@ ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
     ),
     Refused.NOT_RUNNING: (HTTPStatus.CONFLICT, N_("The desktop is not running yet.")),
     Refused.ENDED: (HTTPStatus.CONFLICT, N_("The desktop has ended.")),
+    Refused.NO_SUCH_LETTER: (
+        HTTPStatus.NOT_FOUND,
+        N_("There is no such dead letter any more: it was sent again, discarded, or became too old."),
+    ),
+    Refused.NOT_REPLAYABLE: (HTTPStatus.CONFLICT, N_("This dead letter can't be sent again.")),
+    Refused.NOT_CONFIRMED: (
+        HTTPStatus.CONFLICT,
+        N_("Nothing was done: what was typed is not what is there now. Look again, and confirm what you see."),
+    ),
     Refused.COOKIE_NEEDED: (
         HTTPStatus.FORBIDDEN,
         N_("A token can't make or remove tokens. Log in with your password."),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from flask import current_app
 from prometheus_client import Counter
@@ -22,6 +22,7 @@ from deskfleet.portal.audit import Audit
 from deskfleet.portal.auth import Chain
 from deskfleet.portal.auth_header import ProxyHeaders
 from deskfleet.portal.auth_oidc import OpenIdConnect
+from deskfleet.portal.dead_letters import DeadLetters
 from deskfleet.portal.desktops import Desktops
 from deskfleet.portal.email_codes import EmailCodes
 from deskfleet.portal.fleet import Fleet
@@ -79,6 +80,7 @@ class Services:
     people: People
     throttle: Throttle
     audit: Audit
+    letters: DeadLetters
     outbox: Outbox
     desktops: Desktops
     fleet: Fleet
@@ -95,6 +97,7 @@ class Services:
     def sweep(self) -> None:
         """Send what is not known yet. Failures are logged; the next sweep tries again."""
         run_callback(self.outbox.sweep, "the sweep of stored requests")
+        run_callback(self.letters.sweep, "the sweep of dead letters")
         run_callback(self.shares.sweep, "the sweep of links")
         run_callback(self.grants.sweep, "the sweep of rights that have ended")
 
@@ -110,6 +113,7 @@ class Services:
             ("logins", self.logins.prune),
             ("throttle", self.throttle.prune),
             ("audit", self.audit.prune),
+            ("dead letters", self.letters.prune),
             ("pictures", self.pictures.prune),
             ("links", self.shares.prune),
             ("rights", self.grants.prune),
@@ -151,9 +155,14 @@ def build(
     accounts = Accounts(store, clock)
     outbox = Outbox(store, reader, bus, clock, defer)
     grants = Grants(store, bus, replica, clock)
+    login = unquote(urlsplit(settings.broker_url.reveal().split()[0]).username or "")
+    letters = DeadLetters(store, bus, outbox, login, clock)
     metrics = Metrics("portal")
+    metrics.gauge("dead_letters", "Messages that nobody could take, and nobody has looked after").set_function(
+        partial(_number, letters.count)
+    )
     metrics.gauge("requests_waiting", "Stored requests that the scheduler is not seen to know").set_function(
-        partial(_count, outbox)
+        partial(_number, outbox.waiting)
     )
     metrics.gauge("broker_connected", "1 while messages can be published").set_function(lambda: float(bus.connected))
     logins = metrics.counter("logins", "Answers to tries to log in", ["method", "result"])
@@ -181,6 +190,7 @@ def build(
         people=people,
         throttle=Throttle(store, clock),
         audit=Audit(store, clock),
+        letters=letters,
         outbox=outbox,
         desktops=Desktops(outbox, reader, records, catalogue.machines, clock),
         fleet=Fleet(reader, records, bus, clock),
@@ -210,9 +220,9 @@ def _mail_language(people: People, settings: PortalSettings, user: str) -> str:
     return known if known in settings.languages else settings.default_language
 
 
-def _count(outbox: Outbox) -> float:
+def _number(count: Callable[[], int]) -> float:
     try:
-        return float(outbox.waiting())
+        return float(count())
     except DBAPIError:
         return float("nan")
 

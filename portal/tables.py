@@ -165,3 +165,22 @@ audit = Table(
     Column("target", String(320), nullable=False),
     Column("detail", Text, nullable=False),
 )
+
+#: Messages that nobody could take. Numbers are never used twice, so that "all up to here" means what was looked at.
+dead_letter = Table(
+    "portal_dead_letter",
+    metadata,
+    Column("number", _ID, primary_key=True, autoincrement=True),
+    Column("name", String(32), nullable=False, unique=True),
+    Column("kept_at", Float, nullable=False),
+    Column("died_at", Float, nullable=False),
+    Column("queue", String(255), nullable=False),
+    Column("cause", String(255), nullable=False),
+    Column("type", String(255), nullable=False),
+    Column("sender", String(255), nullable=False),
+    Column("sid", String(32), nullable=False),
+    Column("correlation_id", String(255), nullable=False),
+    Column("size", Integer, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    sqlite_autoincrement=True,
+)

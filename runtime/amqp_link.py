@@ -19,7 +19,7 @@ import pika  # type: ignore[import-untyped]
 from pika.exceptions import AMQPError  # type: ignore[import-untyped]
 
 from deskfleet.runtime.amqp_publisher import Publisher
-from deskfleet.runtime.amqp_wire import ACCESS_REFUSED, NOT_FOUND, RESOURCE_LOCKED, code_of, text, text_of
+from deskfleet.runtime.amqp_wire import ACCESS_REFUSED, NOT_FOUND, RESOURCE_LOCKED, code_of, death_of, text, text_of
 from deskfleet.runtime.bus import (
     AccessRefused,
     BusDown,
@@ -235,6 +235,7 @@ class Link:
             text(properties.user_id),
             bool(method.redelivered),
             lambda how: self._owner.post(partial(self._settle, channel, method.delivery_tag, how)),
+            death=death_of(properties.headers),
         )
         self._owner.hand_out(self, subscription.handler, delivery)
 

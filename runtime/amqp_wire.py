@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import ssl
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -12,7 +14,7 @@ import pika  # type: ignore[import-untyped]
 import pika.spec  # type: ignore[import-untyped]
 from pika.exceptions import ChannelClosed, ConnectionClosed  # type: ignore[import-untyped]
 
-from deskfleet.runtime.bus import BusError
+from deskfleet.runtime.bus import BusError, Death
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,19 @@ def trust(authority: str) -> ssl.SSLContext | None:
 def text(value: str | bytes | None) -> str:
     """A short string; pika leaves what is not UTF-8 as bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else value or ""
+
+
+def death_of(headers: object) -> Death | None:
+    """What the broker's x-death header says of the last death; the newest stands first. A sender may have put older
+    ones there, so nothing else of it is read."""
+    deaths = headers.get("x-death") if isinstance(headers, Mapping) else None
+    last = deaths[0] if isinstance(deaths, list) and deaths else None
+    if not isinstance(last, Mapping):
+        return None
+    queue, reason, at = last.get("queue"), last.get("reason"), last.get("time")
+    if not isinstance(queue, str) or not isinstance(reason, str):
+        return None
+    return Death(queue, reason, at.replace(tzinfo=UTC).timestamp() if isinstance(at, datetime) else None)
 
 
 def code_of(reason: BaseException) -> int:

@@ -124,13 +124,24 @@ class Settlement(StrEnum):
     REQUEUE = "requeue"
 
 
+@dataclass(frozen=True, slots=True)
+class Death:
+    """Where a message died last and why, in the broker's words: rejected, expired, maxlen or delivery_limit. `at` is
+    UNIX seconds by the broker's clock, None when it did not say."""
+
+    queue: str
+    reason: str
+    at: float | None
+
+
 @dataclass(eq=False, slots=True)
 class Delivery:
     """A message handed to a consumer, to be settled exactly once, from any thread, inside the handler or later.
 
     A settlement that comes too late (the connection is gone, and the broker has given the message to somebody
     else) or twice is a line in the log. `sender` is the login that the broker vouches for (RabbitMQ's validated
-    user-id), "" when the publisher did not say. `redelivered` means that somebody may have seen it before.
+    user-id), "" when the publisher did not say. `redelivered` means that somebody may have seen it before. `death` is there when it was
+    dead-lettered.
     """
 
     queue: str
@@ -144,6 +155,7 @@ class Delivery:
     redelivered: bool
     settle: Callable[[Settlement], None] = field(repr=False)
     settled: bool = False
+    death: Death | None = None
 
     def ack(self) -> None:
         """Done: the broker forgets the message."""

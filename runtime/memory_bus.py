@@ -317,6 +317,7 @@ class MemoryBus(Listeners):
             message.sender,
             message.deliveries > 0,
             partial(self._settle, tag),
+            death=message.death,
         )
         return partial(self._begin, tag, consumer.handler, delivery)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from deskfleet.runtime.bus import ConsumerRefused, Handler, QueueMissing
+from deskfleet.runtime.bus import ConsumerRefused, Death, Handler, QueueMissing
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.topology import Queue, Topology
 
@@ -31,6 +31,7 @@ class Pending:
     durable: bool
     deliveries: int = 0
     expires: float | None = None
+    death: Death | None = None
 
 
 @dataclass(eq=False)
@@ -134,7 +135,7 @@ class Queues:
         if longest is not None and len(state.messages) >= longest:
             if state.spec.arguments.get("x-overflow", "drop-head") != "drop-head":
                 return False
-            self.bury(queue, state.messages.pop(0))
+            self.bury(queue, state.messages.pop(0), "maxlen")
         milliseconds = state.argument("x-message-ttl")
         lives = [life for life in (ttl, None if milliseconds is None else milliseconds / 1000) if life is not None]
         expires = self._clock.monotonic() + min(lives) if lives else None
@@ -150,18 +151,19 @@ class Queues:
         message = replace(message, deliveries=message.deliveries + 1)
         limit = state.argument("x-delivery-limit")
         if limit is not None and message.deliveries > limit:
-            self.bury(queue, message)
+            self.bury(queue, message, "delivery_limit")
         else:
             state.messages.insert(0, message)
 
-    def bury(self, queue: str, message: Pending) -> None:
+    def bury(self, queue: str, message: Pending, reason: str = "rejected") -> None:
         """Send a message to the dead-letter exchange of its queue, or lose it when there is none."""
         state = self._queues.get(queue)
         exchange = None if state is None else state.spec.arguments.get("x-dead-letter-exchange")
         if state is None or exchange is None:
             return
         key = str(state.spec.arguments.get("x-dead-letter-routing-key", message.routing_key))
-        dead = replace(message, exchange=str(exchange), routing_key=key, deliveries=0)
+        death = Death(queue, reason, float(int(self._clock.wall())))
+        dead = replace(message, exchange=str(exchange), routing_key=key, deliveries=0, death=death)
         for target in self.targets(str(exchange), key):
             self.put(target, dead)
 
@@ -212,7 +214,7 @@ class Queues:
         if gone:
             state.messages = [m for m in state.messages if m.expires is None or m.expires > now]
             for message in gone:
-                self.bury(state.spec.name, message)
+                self.bury(state.spec.name, message, "expired")
 
     def _delete(self, names: Iterable[str]) -> None:
         for name in names:

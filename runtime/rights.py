@@ -48,7 +48,7 @@ def services(passwords: Mapping[str, str], vhost: str = "/") -> dict[str, Any]:
         "users": [user(name, passwords[name]) for name in ("scheduler", "portal", "proxy")],
         "permissions": [
             permission("scheduler", core, core, core, vhost),
-            permission("portal", own, rf"({own}|^(commands|consoles)$)", rf"({own}|^(events|viewers)$)", vhost),
+            permission("portal", own, rf"({own}|^(commands|consoles)$)", rf"({own}|^(events|viewers|dead)$)", vhost),
             permission("proxy", r"^proxy\.", r"^(proxy\..*|viewers)$", r"^(proxy\..*|events|consoles)$", vhost),
         ],
     }

@@ -9,9 +9,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pika  # type: ignore[import-untyped]
 import pytest
 from demo.broker import PrivateBroker
-from support.bus_harness import PATIENCE, AmqpHarness, Harness, MemoryHarness, definitions
+from support.bus_harness import PASSWORD, PATIENCE, AmqpHarness, Harness, MemoryHarness, definitions
 
 from deskfleet.runtime.bus import (
     BadMessage,
@@ -169,6 +170,39 @@ def test_a_rejected_message_is_dead_lettered_with_its_bytes(harness: Harness, na
     got = graves.got[0]
     assert (got.body, got.type, got.correlation_id, got.sender) == (body, "thing.v1", "sid-1", "alice")
     assert (got.exchange, got.routing_key) == (f"{name}.dead", "k")
+    assert got.death and (got.death.queue, got.death.reason) == (f"{name}.q", "rejected")
+    assert got.death.at and got.death.at > 1_500_000_000
+
+
+def test_what_died_by_other_causes_says_which(harness: Harness, name: str) -> None:
+    bus = harness.bus("alice", plan(name, message_ttl=1))
+    graves = Inbox(bus, f"{name}.graves")
+    done(bus.publish(message(name, b"late")))
+    harness.wait(lambda: len(graves.got) == 1, "it expires")
+    assert graves.got[0].death and graves.got[0].death.reason == "expired"
+    again = f"{name}l"
+    other = harness.bus("alice", plan(again, delivery_limit=1))
+    other.consume(f"{again}.q", lambda d: d.requeue())
+    limit = Inbox(other, f"{again}.graves")
+    done(other.publish(message(again, b"poison")))
+    harness.wait(lambda: len(limit.got) == 1, "it was tried too often")
+    assert limit.got[0].death and limit.got[0].death.reason == "delivery_limit"
+
+
+def test_a_sender_can_not_invent_where_its_message_died(rabbit: PrivateBroker, name: str) -> None:
+    """What stands first in x-death is the broker's own word, whatever the publisher wrote there."""
+    harness = AmqpHarness(rabbit)
+    bus = harness.bus("alice", plan(name))
+    bus.consume(f"{name}.q", lambda d: d.reject())
+    graves = Inbox(bus, f"{name}.graves")
+    forged = {"queue": "scheduler.commands", "reason": "rejected", "exchange": "commands", "count": 1}
+    connection = pika.BlockingConnection(pika.URLParameters(rabbit.url("alice", PASSWORD)))
+    properties = pika.BasicProperties(headers={"x-death": [forged]})
+    connection.channel().basic_publish(f"{name}.x", "k", b"{}", properties)
+    connection.close()
+    harness.wait(lambda: len(graves.got) == 1, "the dead letter arrives")
+    assert graves.got[0].death and graves.got[0].death.queue == f"{name}.q"
+    harness.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)

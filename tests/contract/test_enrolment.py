@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import random
 import shlex
 import stat
@@ -172,8 +173,8 @@ def test_c42_a_stolen_bundle_commands_no_other_host_and_no_service(site: Site) -
         ):
             assert isinstance(thief.publish(exchange, key), AccessRefused), (exchange, key)
         taken: list[Delivery] = []
-        for queue in (topology.host_queue("victim"), topology.SCHEDULER_COMMANDS, topology.DEAD):
-            thief.bus.consume(queue, taken.append)
+        for name in (topology.host_queue("victim"), topology.SCHEDULER_COMMANDS, topology.DEAD):
+            thief.bus.consume(name, taken.append)
         portal = f"amqp://portal:{SECRET}@127.0.0.1:{site.broker.port}/%2F"
         with connected(site, portal, "") as somebody:
             somebody.publish(topology.COMMANDS, topology.host_queue("victim"))
@@ -181,6 +182,26 @@ def test_c42_a_stolen_bundle_commands_no_other_host_and_no_service(site: Site) -
         assert taken == []
         waiting = thief.bus.depth(topology.host_queue("victim")).result(PATIENCE)
         assert (waiting.messages, waiting.consumers) == (1, 0)
+
+
+def test_dead_letters_are_the_portals_to_take_and_to_send_again(site: Site) -> None:
+    """The portal's rights are enough for its dead letters: to take one, and to put it back where it came from."""
+    portal = f"amqp://portal:{SECRET}@127.0.0.1:{site.broker.port}/%2F"
+    scheduler = f"amqp://scheduler:{SECRET}@127.0.0.1:{site.broker.port}/%2F"
+    with connected(site, portal, "") as ours, connected(site, scheduler, "") as theirs:
+        taken: queue.Queue[Delivery] = queue.Queue()
+        ours.bus.consume(topology.DEAD, taken.put)
+        seen: queue.Queue[Delivery] = queue.Queue()
+        theirs.bus.consume(topology.SCHEDULER_COMMANDS, seen.put)
+        assert ours.publish(topology.COMMANDS, "scheduler") is None
+        seen.get(timeout=PATIENCE).reject()
+        dead = taken.get(timeout=PATIENCE)
+        assert dead.death and (dead.sender, dead.death.queue) == ("portal", topology.SCHEDULER_COMMANDS)
+        assert ours.publish(topology.COMMANDS, "scheduler") is None
+        dead.ack()
+        again = seen.get(timeout=PATIENCE)
+        assert (again.sender, again.body) == ("portal", dead.body)
+        again.ack()
 
 
 def test_c40_enrolling_again_puts_the_old_bundle_out_of_force(site: Site) -> None:
