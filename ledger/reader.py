@@ -129,6 +129,16 @@ class Reader:
                 for row in rows
             ]
 
+    def waits(self, sids: Iterable[str]) -> dict[str, Wait]:
+        """The same as wait() for several sessions; those that do not wait are left out."""
+        session = tables.session.c
+        query = select(session.sid, session.place, session.estimate_s, session.verdicts).where(
+            session.sid.in_(list(sids)), session.state == State.QUEUED.value
+        )
+        with self._engine.connect() as connection:
+            rows = connection.execute(query).mappings()
+            return {row["sid"]: Wait(row["place"], row["estimate_s"], to_verdicts(row)) for row in rows}
+
     def wait(self, sid: str) -> Wait | None:
         """What the scheduler found out about a waiting session at its last look; None when it does not wait."""
         with self._engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""The administrator's pages: hosts, everybody's desktops, queues, and who did what."""
+"""The administrator's pages: the fleet at a glance, and each host."""
 
 from __future__ import annotations
 
@@ -56,13 +56,6 @@ def _fleet() -> dict[str, object]:
         "connected": parts.bus.connected,
         "sure": sure,
     }
-
-
-@admin.get("/audit")
-@admin_only
-def audit() -> str:
-    """Who did what, newest first."""
-    return render_template("audit.html", entries=services().audit.newest())
 
 
 @admin.get("/hosts/<host>")

@@ -19,6 +19,8 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 
 from deskfleet.portal import languages, words
 from deskfleet.portal.admin import admin
+from deskfleet.portal.admin_lists import lists
+from deskfleet.portal.admin_queues import queues
 from deskfleet.portal.api import register as register_api
 from deskfleet.portal.errors import ANSWERS, Problem, Refused
 from deskfleet.portal.languages import gettext
@@ -88,6 +90,8 @@ def create_app(parts: Services) -> Flask:
     app.register_blueprint(sharing)
     app.register_blueprint(sign_in)
     app.register_blueprint(admin)
+    app.register_blueprint(lists)
+    app.register_blueprint(queues)
     register_api(app)
     _errors(app)
 

@@ -64,7 +64,8 @@ _CANCELLED = N_("Whoever asked for it has taken it back since. Discard it.")
 class Letter:
     """A dead message. `queue` is where it died, by the broker's word ("" when it did not say), `cause` why: rejected,
     expired, delivery_limit or maxlen. `sender` is the login that the broker vouches for, `sid` the desktop that it is
-    about. `size` is the length of the whole body in bytes, of which `body` may be the beginning. Times are UNIX seconds.
+    about. `size` is the length of the whole body in bytes, of which `body` may be the beginning. `died_at` is UNIX
+    seconds.
     """
 
     number: int
@@ -159,10 +160,13 @@ class DeadLetters:
 
     # Looking; any thread.
 
-    def count(self) -> int:
-        """How many are kept."""
+    def count(self, up_to: int | None = None) -> int:
+        """How many are kept; with `up_to`, those up to that number."""
+        query = select(func.count()).select_from(tables.dead_letter)
+        if up_to is not None:
+            query = query.where(tables.dead_letter.c.number <= up_to)
         with self._store.reading() as connection:
-            return int(connection.scalar(select(func.count()).select_from(tables.dead_letter)) or 0)
+            return int(connection.scalar(query) or 0)
 
     def newest(self, limit: int = 100, before: int = 0) -> list[Letter]:
         """The newest first; with `before`, those older than that number."""

@@ -5,7 +5,7 @@ The ledger has the last word. A request that it does not know is shown as what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sqlalchemy.exc import DBAPIError
@@ -184,6 +184,20 @@ class Desktops:
             raise Problem(Refused.RECORDS_AWAY) from None
         stopping = self._outbox.stopping([session.sid for session in sessions])
         return [self._from_session(session, session.sid in stopping, hosts) for session in sessions]
+
+    def why(self, desktops: Iterable[Desktop]) -> dict[str, str]:
+        """Why those that wait for a place do so, by sid: the place, and what the first host lacked. Empty when the
+        ledger can't be read."""
+        try:
+            waits = self._reader.waits(desktop.sid for desktop in desktops if desktop.state == State.QUEUED)
+        except DBAPIError:
+            return {}
+        found = {}
+        for sid, wait in waits.items():
+            place = gettext("%(place)s in the queue", place=words.ordinal(wait.place)) if wait.place else ""
+            first = [details.verdict(verdict.host, verdict.text) for verdict in wait.verdicts[:1]]
+            found[sid] = " · ".join(text for text in (place, *first) if text)
+        return found
 
     def _hosts(self, sessions: Sequence[Session]) -> dict[str, HostState]:
         return self._records.hosts({session.host for session in sessions if session.on_host})

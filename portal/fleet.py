@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 
 from deskfleet.ledger.reader import Reader
+from deskfleet.portal.broker_stats import BrokerStats, QueueStats
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.languages import N_, gettext
 from deskfleet.portal.records import Records
@@ -30,6 +31,7 @@ _PATIENCE_S = 2.0
 #: The longest maintenance message, in characters.
 LONGEST_TEXT = 400
 _GPUS_S = 5.0
+_NO_STATS = QueueStats()
 
 PURPOSES = {
     SCHEDULER_COMMANDS: N_("Launches and stops for the scheduler"),
@@ -102,7 +104,8 @@ def images_on(report: HostReport | None, machines: Mapping[str, Machine]) -> lis
 
 @dataclass(frozen=True, slots=True)
 class QueueView:
-    """A queue; `messages` and `consumers` are None while they are unknown, `problem` says why."""
+    """A queue; `messages` and `consumers` are None while they are unknown, `problem` says why. `stats` is what the
+    broker's management API tells, where it is asked."""
 
     name: str
     purpose: str
@@ -110,6 +113,7 @@ class QueueView:
     consumers: int | None
     problem: str = ""
     needs_consumer: bool = True
+    stats: QueueStats = _NO_STATS
 
     @property
     def alarm(self) -> bool:
@@ -131,10 +135,13 @@ class QueueView:
 class Fleet:
     """Reads the fleet, and asks for changes to it."""
 
-    def __init__(self, reader: Reader, records: Records, bus: Bus, clock: Clock) -> None:
+    def __init__(
+        self, reader: Reader, records: Records, bus: Bus, clock: Clock, stats: BrokerStats | None = None
+    ) -> None:
         self._reader = reader
         self._records = records
         self._bus = bus
+        self._stats = stats
         self._clock = clock
         self._gpus_at = float("-inf")
         self._free_gpus: dict[str, tuple[int, int]] = {}
@@ -198,9 +205,10 @@ class Fleet:
             names += [host_queue(host) for host in self._reader.host_names()]
         asked = [(name, self._bus.depth(name)) for name in names]
         until = self._clock.monotonic() + _PATIENCE_S
-        return [self._queue(name, depth, until) for name, depth in asked]
+        stats = self._stats.queues() if self._stats else {}
+        return [self._queue(name, depth, until, stats.get(name, _NO_STATS)) for name, depth in asked]
 
-    def _queue(self, name: str, depth: Future[QueueDepth], until: float) -> QueueView:
+    def _queue(self, name: str, depth: Future[QueueDepth], until: float, stats: QueueStats) -> QueueView:
         if name in PURPOSES:
             purpose = gettext(PURPOSES[name])
         else:
@@ -210,7 +218,7 @@ class Fleet:
         except (BusError, FutureTimeout) as error:
             reason = error.reason if isinstance(error, BusError) else gettext("no answer in time")
             return QueueView(name, purpose, None, None, reason)
-        return QueueView(name, purpose, found.messages, found.consumers, needs_consumer=name != DEAD)
+        return QueueView(name, purpose, found.messages, found.consumers, needs_consumer=name != DEAD, stats=stats)
 
     def drain(self, host: str, draining: bool, actor: str, text: str = "") -> None:
         """Ask the scheduler to take a host out of placement, or to put it back; `text` is for the people who use it.

@@ -35,6 +35,7 @@ _FRESH_S = 2.0
 _SHOWN_S = 10.0
 _MOST_HELD = 500
 _PROXY = "proxy"
+_NO_SID = "0" * 32
 
 
 def login_grant(secret: str) -> str:
@@ -120,6 +121,12 @@ class Grants:
             ttl_s = QUESTION_TTL_MS / 1000
             self._bus.publish(Outgoing(CONSOLES, "", kind, body, durable=False, mandatory=False, ttl_seconds=ttl_s))
         return sorted((console for said in known for console in said.consoles), key=lambda console: -console.open_s)
+
+    def proxies(self) -> Future[None]:
+        """Ask whether any proxy listens: it fails with Unroutable when none does, and with BusError when nobody can
+        tell. What proxies answer is nothing, for nobody has this desktop open."""
+        kind, body = encode(ConsolesAsked(_NO_SID, self._replica))
+        return self._bus.publish(Outgoing(CONSOLES, "", kind, body, durable=False, ttl_seconds=QUESTION_TTL_MS / 1000))
 
     def _take(self, delivery: Delivery) -> None:
         delivery.ack()

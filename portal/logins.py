@@ -7,7 +7,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import RowMapping, Table, bindparam, delete, insert, select, update
+from sqlalchemy import RowMapping, Table, bindparam, delete, func, insert, select, update
 
 from deskfleet.portal import tables
 from deskfleet.portal.auth import Identity
@@ -114,6 +114,15 @@ class Logins:
         query = delete(tables.token).where(tables.token.c.user == user, tables.token.c.name == name)
         with self._store.writing() as connection:
             return connection.execute(query).rowcount == 1
+
+    def now(self) -> dict[str, int]:
+        """Who is logged in, and how often."""
+        now, login = self._clock.wall(), tables.login.c
+        query = select(login.user, func.count()).where(login.expires_at > now).group_by(login.user)
+        if self._idle_s:
+            query = query.where(login.used_at > now - self._idle_s)
+        with self._store.reading() as connection:
+            return {row[0]: row[1] for row in connection.execute(query)}
 
     def prune(self) -> None:
         """Forget what has expired."""

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from babel.support import NullTranslations
 from prometheus_client import Counter
-from sqlalchemy import ColumnElement, RowMapping, and_, delete, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, and_, delete, func, or_, select, update
 
 from deskfleet.portal import tables
 from deskfleet.portal.auth_settings import trust
@@ -94,6 +94,14 @@ class Notices:
         self._language = language
         self._send = send
         self._count = count
+
+    def undelivered(self, within_s: float) -> tuple[int, int]:
+        """How many mails were given up lately, and how many were tried without success and will be again."""
+        notice, now = tables.notice.c, self._clock.wall()
+        given_up = select(func.count()).where(notice.state == Fate.FAILED, notice.created_at > now - within_s)
+        tried = select(func.count()).where(notice.state == Fate.OPEN, notice.tries > 0)
+        with self._store.reading() as connection:
+            return int(connection.scalar(given_up) or 0), int(connection.scalar(tried) or 0)
 
     def sweep(self) -> None:
         """Enter what is new and try what is due. Repeated every few seconds; raises DBAPIError."""

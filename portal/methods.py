@@ -41,6 +41,26 @@ class Methods:
     oidc: OpenIdConnect | None
 
 
+class Answers:
+    """Counts what the methods say, and remembers when each said what, in this process. `count` has the labels method
+    and result."""
+
+    def __init__(self, count: Counter, clock: Clock) -> None:
+        self._count = count
+        self._clock = clock
+        self._last: dict[str, tuple[str, float]] = {}
+
+    def note(self, method: str, result: str) -> None:
+        """A method has answered."""
+        self._count.labels(method, result).inc()
+        self._last[method] = result, self._clock.monotonic()
+
+    def last(self) -> dict[str, tuple[str, float]]:
+        """What each method said last, and how many seconds ago."""
+        now = self._clock.monotonic()
+        return {method: (result, now - at) for method, (result, at) in list(self._last.items())}
+
+
 class Aside:
     """Runs actions on two threads of its own, at most so many waiting."""
 
@@ -60,9 +80,9 @@ class Aside:
 
 
 def build(
-    settings: PortalSettings, accounts: Accounts, store: Store, clock: Clock, send: Send | None, count: Counter
+    settings: PortalSettings, accounts: Accounts, store: Store, clock: Clock, send: Send | None, answers: Answers
 ) -> Methods:
-    """The methods in the order of the settings. `send` sends mails; `count` has the labels method and result."""
+    """The methods in the order of the settings. `send` sends mails; `answers` is told what each method says."""
     # Half of the threads may wait for other machines, so that pages go on when one of them hangs.
     room = max(1, settings.threads // 2)
     url = settings.public_url
@@ -83,7 +103,7 @@ def build(
     if "oidc" in settings.auth and settings.oidc:
         oidc = OpenIdConnect(settings.oidc, _realm(settings, settings.oidc.realm), clock, url + CALLBACK, room)
     others = [method for method in (codes, headers, oidc) if method is not None]
-    chain = Chain(passwords, settings.admins, others, lambda *labels: count.labels(*labels).inc(), room)
+    chain = Chain(passwords, settings.admins, others, answers.note, room)
     return Methods(chain, codes, headers, oidc)
 
 

@@ -22,6 +22,7 @@ from deskfleet.portal.audit import Audit
 from deskfleet.portal.auth import Chain
 from deskfleet.portal.auth_header import ProxyHeaders
 from deskfleet.portal.auth_oidc import OpenIdConnect
+from deskfleet.portal.broker_stats import BrokerStats
 from deskfleet.portal.dead_letters import DeadLetters
 from deskfleet.portal.desktops import Desktops
 from deskfleet.portal.email_codes import EmailCodes
@@ -76,6 +77,7 @@ class Services:
     codes: EmailCodes | None
     headers: ProxyHeaders | None
     oidc: OpenIdConnect | None
+    answers: methods.Answers
     logins: Logins
     people: People
     throttle: Throttle
@@ -155,7 +157,9 @@ def build(
     accounts = Accounts(store, clock)
     outbox = Outbox(store, reader, bus, clock, defer)
     grants = Grants(store, bus, replica, clock)
-    login = unquote(urlsplit(settings.broker_url.reveal().split()[0]).username or "")
+    broker = urlsplit(settings.broker_url.reveal().split()[0])
+    login, vhost = unquote(broker.username or ""), unquote(broker.path[1:]) or "/"
+    stats = BrokerStats(settings.broker_management, vhost, clock) if settings.broker_management else None
     letters = DeadLetters(store, bus, outbox, login, clock)
     metrics = Metrics("portal")
     metrics.gauge("dead_letters", "Messages that nobody could take, and nobody has looked after").set_function(
@@ -166,6 +170,7 @@ def build(
     )
     metrics.gauge("broker_connected", "1 while messages can be published").set_function(lambda: float(bus.connected))
     logins = metrics.counter("logins", "Answers to tries to log in", ["method", "result"])
+    answers = methods.Answers(logins, clock)
     notices = send = None
     if settings.mail is not None:
         send = sender_over(settings.mail, urlsplit(settings.public_url).hostname or "localhost")
@@ -174,7 +179,7 @@ def build(
         notices = Notices(
             store, records, catalogue.machines, clock, settings.mail, settings.public_url, language, send, mails
         )
-    ways = methods.build(settings, accounts, store, clock, send, logins)
+    ways = methods.build(settings, accounts, store, clock, send, answers)
     return Services(
         settings=settings,
         clock=clock,
@@ -186,6 +191,7 @@ def build(
         codes=ways.codes,
         headers=ways.headers,
         oidc=ways.oidc,
+        answers=answers,
         logins=Logins(store, clock, settings.login_idle_s),
         people=people,
         throttle=Throttle(store, clock),
@@ -193,7 +199,7 @@ def build(
         letters=letters,
         outbox=outbox,
         desktops=Desktops(outbox, reader, records, catalogue.machines, clock),
-        fleet=Fleet(reader, records, bus, clock),
+        fleet=Fleet(reader, records, bus, clock, stats),
         # Half of the threads may wait for the scheduler, so that the others go on when it is away.
         forecasts=Forecasts(bus, replica, clock, max(1, settings.threads // 2)),
         grants=grants,

@@ -53,6 +53,16 @@ class MailSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ManagementSettings:
+    """Where the broker's management API answers; `ca` is a file of certificates to believe ("": the system's)."""
+
+    url: str
+    user: str
+    password: Secret
+    ca: str
+
+
+@dataclass(frozen=True, slots=True)
 class PortalSettings:
     """What the portal is told. Times in seconds; `origin` and `console_origin` are as browsers write them.
 
@@ -85,6 +95,7 @@ class PortalSettings:
     threads: int
     front_proxies: tuple[Network, ...]
     mail: MailSettings | None
+    broker_management: ManagementSettings | None
     login_idle_s: int
     ldap: LdapSettings | None
     imap: MailboxSettings | None
@@ -199,6 +210,35 @@ class MailSchema(Schema):
         return MailSettings(**data)
 
 
+class ManagementSchema(Schema):
+    """[portal.broker_management]. Its user needs the tag `monitoring`, and no rights on any queue."""
+
+    class Meta:
+        unknown = RAISE
+
+    url = fields.Str(required=True)
+    user = fields.Str(required=True, validate=validate.Length(1, 255))
+    password = SecretField(required=True)
+    ca = fields.Str(load_default="")
+
+    @validates_schema
+    def _together(self, data: Mapping[str, Any], **_: Any) -> None:
+        wrong: dict[str, list[str]] = {}
+        faults = _check_url(data["url"], "http", "https", path=True)
+        if faults:
+            wrong["url"] = faults
+        try:
+            trust(data["ca"])
+        except OSError as error:
+            wrong["ca"] = [f"holds no certificates that can be read: {type(error).__name__}"]
+        if wrong:
+            raise ValidationError(wrong)
+
+    @post_load
+    def _make(self, data: dict[str, Any], **_: Any) -> ManagementSettings:
+        return ManagementSettings(**data)
+
+
 class PortalSchema(Schema):
     """[portal]. There is no default for anything secret, and none for how people prove who they are."""
 
@@ -245,6 +285,7 @@ class PortalSchema(Schema):
     threads = fields.Int(load_default=16, strict=True, validate=validate.Range(1, 256))
     front_proxies = fields.List(NetworkField(), load_default=list)
     mail = fields.Nested(MailSchema, load_default=None)
+    broker_management = fields.Nested(ManagementSchema, load_default=None)
 
     @validates_schema(skip_on_field_errors=False)
     def _together(self, data: Mapping[str, Any], **_: Any) -> None:

@@ -50,6 +50,20 @@ def outcome(found: Outcome | None) -> str:
     return gettext(OUTCOMES[found] if found else N_("Ended"))
 
 
+#: Why a message died, in the broker's words (RabbitMQ, x-death).
+CAUSES = {
+    "rejected": N_("nobody could read or apply it"),
+    "expired": N_("nobody took it in time"),
+    "delivery_limit": N_("it was tried too often"),
+    "maxlen": N_("the queue was full"),
+}
+
+
+def cause(name: str) -> str:
+    """Why a message died; a word that is not known is shown as it is."""
+    return gettext(CAUSES[name]) if name in CAUSES else name or gettext("unknown")
+
+
 def reason(found: Reason | None) -> str:
     """The sentence of a reason; empty when there is none."""
     return gettext(SENTENCES[found]) if found else ""

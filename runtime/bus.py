@@ -140,8 +140,8 @@ class Delivery:
 
     A settlement that comes too late (the connection is gone, and the broker has given the message to somebody
     else) or twice is a line in the log. `sender` is the login that the broker vouches for (RabbitMQ's validated
-    user-id), "" when the publisher did not say. `redelivered` means that somebody may have seen it before. `death` is there when it was
-    dead-lettered.
+    user-id), "" when the publisher did not say. `redelivered` means that somebody may have seen it before. `death` is
+    there when it was dead-lettered.
     """
 
     queue: str

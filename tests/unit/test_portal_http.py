@@ -65,7 +65,23 @@ ACCESS = {
     "api.consoles": "person",
     "admin.page": "admin",
     "admin.part": "admin",
-    "admin.audit": "admin",
+    "lists.sessions": "admin",
+    "lists.sessions_part": "admin",
+    "lists.stop_all": "admin",
+    "lists.people_page": "admin",
+    "lists.people_part": "admin",
+    "lists.machines": "admin",
+    "lists.machines_part": "admin",
+    "lists.health": "admin",
+    "lists.health_part": "admin",
+    "lists.audit": "admin",
+    "lists.export": "admin",
+    "queues.page": "admin",
+    "queues.part": "admin",
+    "queues.letter": "admin",
+    "queues.replay": "admin",
+    "queues.discard": "admin",
+    "queues.discard_all": "admin",
     "admin.host_page": "admin",
     "admin.drain": "admin",
     "admin.declare_dead": "admin",
@@ -127,7 +143,7 @@ def test_every_route_has_a_rule_that_somebody_thought_about(app: Flask) -> None:
 
 def every_call(app: Flask) -> list[tuple[str, str, str]]:
     """(endpoint, method, path) of all routes, with another person's desktop as the thing meant."""
-    values = {"sid": OTHERS, "host": "h1", "name": "desktop", "filename": "site.css", "version": "x"}
+    values = {"sid": OTHERS, "host": "h1", "name": "desktop", "filename": "site.css", "version": "x", "form": "csv"}
     calls = []
     with app.test_request_context("/"):
         for rule in app.url_map.iter_rules():

@@ -83,3 +83,22 @@ def test_what_the_content_policy_needs() -> None:
         "https://p.example.org",
         True,
     )
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ({"url": "http://mq.example.org:15672", "user": "u", "password": "p"}, "url"),
+        ({"url": "https://u:p@mq.example.org", "user": "u", "password": "p"}, "url"),
+        ({"url": "https://mq.example.org", "user": "", "password": "p"}, "user"),
+        ({"url": "https://mq.example.org", "user": "u"}, "password"),
+        ({"url": "https://mq.example.org", "user": "u", "password": "p", "ca": "/nonexistent"}, "ca"),
+    ],
+)
+def test_a_management_api_is_asked_over_tls_by_name(section: dict[str, str], field: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        settings(broker_management=section)
+    assert set(caught.value.messages_dict["broker_management"]) == {field}
+    allowed = {"url": "http://127.0.0.1:15672", "user": "u", "password": "p"}
+    found = settings(broker_management=allowed).broker_management
+    assert found and found.password.reveal() == "p"
