@@ -58,7 +58,7 @@ def phase_of(host: Host, sid: str) -> Phase | None:
 async def begin(folder: Path, after: Host | None = None) -> Host:
     """Start the agent, `after` a former one on the same state has ended as by a restart of its service."""
     machine = parse_machine("painter", Path("/images/painter.toml").read_text())
-    host = Host(folder, machine, Path("/images"), network="none", powerdown_s=0, hugepages="gpu")
+    host = Host(folder, machine, Path("/images"), network="none", powerdown_s=0, hugepages="gpu", disk_floor_mib=0)
     if after:
         after._stop.set()
         await after._task
