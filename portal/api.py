@@ -71,14 +71,15 @@ class _Blueprint(Blueprint):
 blueprint = _Blueprint("api", __name__, url_prefix="/api/v1", description="Desktops and the fleet")
 
 
-def register(app: Flask) -> None:
-    """Add the API and its description to an application."""
+def register(app: Flask, root: str = "") -> None:
+    """Add the API and its description to an application that lies below the path `root` of its host."""
     api = _Api(
         spec_kwargs={
             "title": "Deskfleet",
             "version": "v1",
             "openapi_version": "3.0.3",
             "security": [{"bearer": []}, {"cookie": []}],
+            **({"servers": [{"url": root}]} if root else {}),
         }
     )
     api.init_app(app)
@@ -192,7 +193,7 @@ def make_share(asked: dict[str, Any], sid: str) -> dict[str, Any]:
     secret, made = actions.share(
         _desktop(sid).sid, asked["audience"], asked["lifetime_s"], asked["passphrase"], watch=asked["mode"] == "watch"
     )
-    link = services().settings.public_url + url_for("sharing.link", link=secret)
+    link = services().settings.origin + url_for("sharing.link", link=secret)
     return {**asdict(made), "link": link}
 
 

@@ -10,11 +10,13 @@ from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, jsonify, redirect, render_template, request, send_from_directory, url_for
 from flask_wtf.csrf import CSRFError, CSRFProtect
 from sqlalchemy.exc import DBAPIError
-from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from deskfleet.portal import languages, words
@@ -22,10 +24,12 @@ from deskfleet.portal.admin import admin
 from deskfleet.portal.admin_lists import lists
 from deskfleet.portal.admin_queues import queues
 from deskfleet.portal.api import register as register_api
+from deskfleet.portal.brand_pages import brand
 from deskfleet.portal.errors import ANSWERS, Problem, Refused
 from deskfleet.portal.languages import gettext
 from deskfleet.portal.login_pages import sign_in
 from deskfleet.portal.services import EXTENSION, Services, services
+from deskfleet.portal.settings import PortalSettings
 from deskfleet.portal.sharing import sharing
 from deskfleet.portal.views import pages
 from deskfleet.portal.web import by_token, check_access, public, someone
@@ -39,6 +43,8 @@ _FOR_EVER = "public, max-age=31536000, immutable"
 _MOST_BYTES = 256 * 1024
 _MOST_PARTS = 100
 _API = "/api/"
+#: Their addresses change with what they hold.
+_KEPT = ("brand.logo", "brand.accent")
 
 
 def create_app(parts: Services) -> Flask:
@@ -51,8 +57,8 @@ def create_app(parts: Services) -> Flask:
         MAX_CONTENT_LENGTH=_MOST_BYTES,
         MAX_FORM_MEMORY_SIZE=_MOST_BYTES,
         MAX_FORM_PARTS=_MOST_PARTS,
-        # __Host- binds the cookie to this very host: a sibling domain can't plant one (RFC 6265bis, 4.1.3.2).
-        SESSION_COOKIE_NAME="__Host-deskfleet" if settings.secure else "deskfleet",
+        SESSION_COOKIE_NAME=_cookie_name(settings),
+        SESSION_COOKIE_PATH=settings.path or "/",
         SESSION_COOKIE_SECURE=settings.secure,
         SESSION_COOKIE_HTTPONLY=True,
         SESSION_COOKIE_SAMESITE="Lax",
@@ -86,20 +92,25 @@ def create_app(parts: Services) -> Flask:
         return answer
 
     app.after_request(_headers)
+    app.register_blueprint(brand)
     app.register_blueprint(pages)
     app.register_blueprint(sharing)
     app.register_blueprint(sign_in)
     app.register_blueprint(admin)
     app.register_blueprint(lists)
     app.register_blueprint(queues)
-    register_api(app)
+    register_api(app, settings.path)
     _errors(app)
+    if settings.path:
+        # What lies outside of it is another application's; when it comes here all the same, there is nothing.
+        app.wsgi_app = DispatcherMiddleware(NotFound(), {settings.path: app.wsgi_app})  # type: ignore[method-assign]
 
     @app.context_processor
     def _for_templates() -> dict[str, Any]:
         return {
             "who": someone(),
             "title": settings.title,
+            "brand": settings.brand,
             "language": languages.language(),
             "languages": {name: languages.NAMES[name] for name in settings.languages},
             "language_header": languages.HEADER,
@@ -112,10 +123,19 @@ def create_app(parts: Services) -> Flask:
     return app
 
 
+def _cookie_name(settings: PortalSettings) -> str:
+    """A name that browsers bind to this very host, so that a sibling domain can't plant the cookie (RFC 6265bis,
+    4.1.3.2); to a path, they bind none, so that below one only TLS is sure."""
+    if not settings.secure:
+        return "deskfleet"
+    return "__Secure-deskfleet" if settings.path else "__Host-deskfleet"
+
+
 def here() -> str:
     """The address of the page, to come back to; the start page when it is the answer to a form."""
-    address = request.full_path.rstrip("?") if request.method == "GET" else "/"
-    return request.script_root + address
+    if request.method != "GET":
+        return url_for("pages.home")
+    return request.script_root + request.full_path.rstrip("?")
 
 
 def asset(name: str) -> str:
@@ -138,17 +158,20 @@ def release() -> str:
 
 def _headers(response: Response) -> Response:
     settings = services().settings
-    response.headers["Content-Security-Policy"] = (
+    policy = (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
         f"connect-src 'self' {settings.console_origin}; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     )
+    response.headers.setdefault("Content-Security-Policy", policy)
     response.headers["Referrer-Policy"] = "no-referrer"
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["X-Frame-Options"] = "DENY"
     response.headers["Cross-Origin-Opener-Policy"] = "same-origin"
     if settings.secure:
         response.headers["Strict-Transport-Security"] = "max-age=31536000"
-    if request.endpoint != "static":
+    if request.endpoint in _KEPT and response.status_code == HTTPStatus.OK:
+        response.headers["Cache-Control"] = _FOR_EVER
+    elif request.endpoint != "static":
         # Every answer may depend on who asks; no cache in between may hand it to another.
         response.headers["Cache-Control"] = "no-store"
         response.headers["Vary"] = "Cookie, Authorization, Accept-Language"
@@ -203,7 +226,9 @@ def _answer(
             reason=problem.reason.value, message=problem.message, details=list(problem.details), reference=reference
         )
     elif problem.reason is Refused.NOT_LOGGED_IN:
-        target = url_for("pages.login", next=here())
+        # Of a fragment that polls, the page around it is what one comes back to.
+        around = urlsplit(request.headers.get("HX-Current-URL", "")).path
+        target = url_for("pages.login", next=around or here())
         if request.headers.get("HX-Request"):  # a fragment that polls: the whole page has to go
             return Response(status=HTTPStatus.NO_CONTENT, headers={"HX-Redirect": target})
         return redirect(target)

@@ -33,7 +33,7 @@ def N_(text: str) -> str:
     return text
 
 
-def gettext(text: str, **values: object) -> str:
+def gettext(text: str, /, **values: object) -> str:
     """A text in the language of who asks; `values` fill its placeholders, %(name)s."""
     return str(get_domain().gettext(text, **values))
 

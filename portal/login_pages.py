@@ -19,12 +19,13 @@ Page = str | tuple[str, int] | Response
 
 
 def local(target: str) -> str:
-    """Where to go after the login: an address on this portal, or the start page.
+    """Where to go after the login: an address on this portal, or its start page.
 
     Browsers read a backslash as a slash and drop tabs and line ends (URL Standard, 4.4), so none of these may be in it.
     """
     plain = target.isascii() and target.isprintable() and not set(target) & {"\\", " "}
-    return target if plain and target.startswith("/") and not target.startswith("//") else "/"
+    home = url_for("pages.home")
+    return target if plain and target.startswith(home) and not target.startswith("//") else home
 
 
 def login_page(target: str, problem: Problem | None = None, **filled: Any) -> Response:
@@ -99,4 +100,4 @@ def oidc_return() -> Page:
     try:
         return redirect(local(signing_in.finish_oidc(request.args)))
     except Problem as problem:
-        return login_page("/", problem)
+        return login_page(url_for("pages.home"), problem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +27,14 @@ from deskfleet.portal.auth_settings import (
     SmtpSchema,
     trust,
 )
+from deskfleet.portal.brand import PLAIN, Brand, BrandSchema
 from deskfleet.portal.languages import NAMES
 from deskfleet.runtime.secret import Secret
 from deskfleet.runtime.settings import SHORTEST_KEY, KeysField, Network, NetworkField, SecretField
 from deskfleet.schemas.messages import ADDRESS
 
 _DAY = 24 * 3600
+_PATH = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)*/?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,7 @@ class PortalSettings:
     title: str
     languages: tuple[str, ...]
     default_language: str
+    brand: Brand
     lifetime_default_s: int
     lifetime_max_s: int
     sharing: str
@@ -114,6 +118,16 @@ class PortalSettings:
     def secure(self) -> bool:
         """Whether people reach the portal over TLS; only a portal for this machine alone may do without."""
         return self.public_url.startswith("https:")
+
+    @property
+    def origin(self) -> str:
+        """The portal's address without its path, as browsers write it in Origin."""
+        return self.public_url.removesuffix(self.path)
+
+    @property
+    def path(self) -> str:
+        """Below which path of its host the portal lies; empty when it has the host to itself."""
+        return urlsplit(self.public_url).path
 
     @property
     def console_origin(self) -> str:
@@ -273,6 +287,7 @@ class PortalSchema(Schema):
         validate=validate.Length(min=1),
     )
     default_language = fields.Str(load_default=None)
+    brand = fields.Nested(BrandSchema, load_default=PLAIN)
     lifetime_default_s = _seconds(8 * 3600, 60, 366 * _DAY)
     lifetime_max_s = _seconds(7 * _DAY, 60, 366 * _DAY)
     sharing = fields.Str(load_default="signed_in", validate=validate.OneOf(["off", "signed_in", "anybody"]))
@@ -291,7 +306,9 @@ class PortalSchema(Schema):
     def _together(self, data: Mapping[str, Any], **_: Any) -> None:
         wrong: dict[str, list[str]] = {}
         if "public_url" in data:
-            wrong["public_url"] = _check_url(data["public_url"], "http", "https", path=False)
+            wrong["public_url"] = _check_url(data["public_url"], "http", "https", path=True)
+            if not _PATH.fullmatch(urlsplit(data["public_url"]).path):
+                wrong["public_url"].append("its path may hold letters, digits, dots, dashes and underscores only")
         if "console_url" in data:
             wrong["console_url"] = _check_url(data["console_url"], "ws", "wss", path=True)
         if data.get("lifetime_default_s", 0) > data.get("lifetime_max_s", 1 << 40):

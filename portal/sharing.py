@@ -77,7 +77,7 @@ def make(sid: str) -> Page:
         )
     except Problem as problem:
         return _owner(sid, problem=problem), int(problem.status)
-    link = services().settings.public_url + url_for("sharing.link", link=secret)
+    link = services().settings.origin + url_for("sharing.link", link=secret)
     return _owner(sid, link=link, made=made)
 
 

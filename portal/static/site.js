@@ -40,10 +40,18 @@ for (const name of ["htmx:sendError", "htmx:timeout", "htmx:responseError"]) {
   });
 }
 
+// What a screen reader tells by itself: a sentence once it has changed. The place for it must outlive the swapped part.
+function say() {
+  const [said, sentence] = [document.getElementById("said"), document.querySelector("[data-say]")];
+  if (said && sentence && said.textContent !== sentence.textContent) said.textContent = sentence.textContent;
+}
+say();
+
 // So that a tab in the background tells how far its desktop is.
 document.addEventListener("htmx:afterSwap", () => {
   const named = document.querySelector("[data-title]");
   if (named) document.title = named.dataset.title;
+  say();
 });
 
 document.addEventListener("htmx:beforeSwap", (event) => {

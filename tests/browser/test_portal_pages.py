@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +13,10 @@ import pytest
 from demo.smoke import CHROMIUM, CHROMIUM_ARGS
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from support.fake_console import FakeConsole
-from support.portals import PASSWORD, World
-from werkzeug.serving import make_server
+from support.portals import PASSWORD
+from support.sites import PATIENCE_MS, Site
 
 from deskfleet.ledger.reader import Wait
-from deskfleet.portal.app import create_app
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.messages import (
     DrainRequested,
@@ -32,55 +30,8 @@ from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 from deskfleet.schemas.wire import decode
 
 SID = "a" * 32
-PATIENCE_MS = 30_000
 SHORT = Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free")
 HOSTILE = "<img src=x onerror=alert(1)>"
-
-
-class Site:
-    """A portal that listens, with a fake console, and what the browser complained about."""
-
-    def __init__(self, folder: Path, console: FakeConsole) -> None:
-        self.console = console
-        console_url = f"ws://127.0.0.1:{console.port}/console"
-        self.world = World(folder, console_url=console_url)
-        self.complaints: list[str] = []
-        self._app = create_app(self.world.portal)
-        self.listen(0)
-
-    def listen(self, port: int) -> None:
-        """Begin to answer."""
-        self._server = make_server("127.0.0.1", port, self._app, threaded=True)
-        self.port: int = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever)
-        self._thread.start()
-
-    def hush(self) -> None:
-        """Stop answering, as a portal that is down."""
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def page(self, browser: Browser, user: str, **options: object) -> Page:
-        """A logged-in page that tells of every dialog, script error and breach of the content policy."""
-        page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
-        page.set_default_timeout(PATIENCE_MS)
-        page.on("dialog", lambda dialog: (self.complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))  # type: ignore[arg-type]
-        page.on("pageerror", lambda error: self.complaints.append(f"script {error}"))
-        page.on(
-            "console",
-            lambda said: self.complaints.append(said.text) if "Content Security" in said.text else None,
-        )
-        page.goto(f"{self.url}/login")
-        page.fill("input[name=user]", user)
-        page.fill("input[name=password]", PASSWORD)
-        page.keyboard.press("Enter")
-        page.wait_for_url(f"{self.url}/launch")
-        return page
 
 
 @pytest.fixture(scope="module")
@@ -152,14 +103,14 @@ def test_a_changed_size_is_asked_about_once_it_stays(browser: Browser, site: Sit
     expect(page.locator(".outlook")).to_have_text("Starts now")
     site.world.questions.clear()
     site.world.forecast = Forecast(Outlook.WAITS, verdicts=(SHORT,))
-    for cpus in ("1", "4", "8"):
-        page.select_option("select[name=cpus]", cpus)
+    for key in ("Home", "ArrowRight", "End"):
+        page.get_by_role("slider", name="CPUs").press(key)
     expect(page.locator(".outlook p")).to_have_text("Waits; nobody can tell how long")
     assert [asked.resources.cpus for asked in site.world.questions] == [8]
     page.click(".outlook summary")
     expect(page.locator(".outlook li")).to_have_text("h1: 2.1 of 4 GiB free")
     site.world.forecast = Forecast(Outlook.NEVER, largest=Resources(2, 4096, 64))
-    page.select_option("select[name=memory_mib]", "8192")
+    page.get_by_role("slider", name="Memory").press("End")
     expect(page.locator(".outlook")).to_contain_text("Never fits: the largest is 2 CPUs, 4 GiB")
     page.click("button[name=launch]")
     expect(page.locator("[data-reason=never_fits]")).to_contain_text("The largest that fits is 2 CPUs, 4 GiB")
@@ -172,7 +123,7 @@ def test_when_the_portal_does_not_answer_the_question_the_form_still_works(brows
     page.goto(f"{site.url}/launch/desktop")
     expect(page.locator(".outlook")).to_have_text("Starts now")
     site.hush()
-    page.select_option("select[name=cpus]", "4")
+    page.get_by_role("slider", name="CPUs").press("ArrowRight")
     expect(page.locator(".outlook")).to_contain_text("can't be told right now")
     site.listen(site.port)
     page.click("button[name=launch]")
@@ -345,7 +296,7 @@ def test_no_hostile_name_becomes_more_than_text_on_any_page(browser: Browser, si
         page.goto(f"{site.url}/{path}")
         if path == "launch":
             expect(page.locator(".outlook")).to_contain_text(HOSTILE)
-        assert page.locator("img").count() == 0, path
+        assert page.locator("img:not([data-picture])").count() == 0, path
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

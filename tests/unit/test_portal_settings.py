@@ -15,7 +15,7 @@ from support.portals import settings
         ({"auth": []}, "auth"),
         ({"auth": ["ldap", "nonsense"]}, "auth"),
         ({"public_url": "http://portal.example.org"}, "public_url"),
-        ({"public_url": "https://portal.example.org/sub"}, "public_url"),
+        ({"public_url": "https://portal.example.org/sub/../x"}, "public_url"),
         ({"public_url": "ftp://127.0.0.1"}, "public_url"),
         ({"public_url": "https://user:word@portal.example.org"}, "public_url"),
         ({"public_url": "http://127.0.0.1:99999"}, "public_url"),
