@@ -24,6 +24,9 @@ FORMS: tuple[str, ...] = (
     # why a host does not take a request: scheduler/filters.py, placement.py
     N_("its report can't be true: %(detail)s"),
     N_("no way to run guests: %(detail)s"),
+    N_("was declared dead"),
+    N_("drained for maintenance"),
+    N_("waits for the scheduler to tell it where its command numbers are"),
     N_("has not reported yet"),
     N_("not heard for %(seconds)s s"),
     N_("lacks the label %(labels)s"),
@@ -31,6 +34,7 @@ FORMS: tuple[str, ...] = (
     N_("is not in the pool %(pools)s"),
     N_("could not fetch this image: %(detail)s"),
     N_("does not hold this image"),
+    N_("does not hold this image yet, and can fetch it"),
     N_("fetching the image, %(percent)s %%"),
     N_("fetches the image next"),
     N_("another launch tries it first, after it failed several times"),
@@ -83,7 +87,7 @@ _ITEMS: tuple[str, ...] = (
 @lru_cache
 def _pattern(form: str) -> re.Pattern[str]:
     pieces = [re.escape(piece.replace("%%", "%")) for piece in _PLACE.split(form)[::2]]
-    names = [*(f"(?P<{name}>.+?)" for name in _PLACE.findall(form)), ""]
+    names = [*(f"(?P<{name}>.*?)" for name in _PLACE.findall(form)), ""]
     return re.compile("".join(piece + name for piece, name in zip(pieces, names, strict=True)), re.DOTALL)
 
 

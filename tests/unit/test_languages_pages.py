@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,11 +13,15 @@ from babel.support import NullTranslations
 from flask import Flask
 from flask.testing import FlaskClient
 from support.furnished import ADMIN, FAILED, PAGES, PERSON, QUEUED, RUNNING, furnish
-from support.portals import Browser, World, signed_in
+from support.portals import MACHINE, Browser, World, signed_in
 
 from deskfleet.portal import details, languages
 from deskfleet.portal.app import create_app
 from deskfleet.portal.languages import COOKIE, HEADER, choose
+from deskfleet.scheduler.policy import Caps, Policy
+from deskfleet.scheduler.turns import capped
+from deskfleet.schemas.machine import GpuPolicy, parse_machine
+from deskfleet.schemas.session import Resources
 
 #: What stands on pages and is nobody's text: the data of the furnished world, and each language's own name.
 DATA = [
@@ -188,6 +193,30 @@ def test_the_audit_stays_english(app: Flask, world: World) -> None:
     boss = speaking(signed_in(app, ADMIN), "fr")
     assert boss.post(f"/desktops/{RUNNING}/extend").status_code == 303
     assert world.portal.audit.newest(1)[0].detail == f"to 2 h, of {PERSON}"
+
+
+def known(text: str) -> bool:
+    """Whether a sentence, and each that stands in it, has a form; the entries of a list of caps are tried by say()."""
+    found = details.form_of(text)
+    return found is not None and ("text" not in found[1] or known(found[1]["text"]))
+
+
+def test_every_cap_and_every_fault_of_a_size_has_a_form() -> None:
+    want = Resources(4, 2048, 10, 1)
+    for caps in (Caps(sessions=0), Caps(cpus=1), Caps(memory_mib=1), Caps(gpus=0)):
+        for policy in (Policy(user_caps=caps), Policy(group_caps=(("staff", caps),))):
+            broken = capped("ada", ("staff",), want, {}, {}, policy)
+            assert broken is not None and known(broken.detail)
+    needs = parse_machine("m", MACHINE.format(title="M", gpu="required", users="[]", digest="ab" * 32))
+    takes = replace(needs, gpu=GpuPolicy.OPTIONAL, gpu_models=("A100",))
+    none = replace(needs, gpu=GpuPolicy.NEVER)
+    faults = [
+        *needs.problems(Resources(99, 1, 999)),
+        *needs.problems(replace(want, gpus=2)),
+        *takes.problems(replace(want, gpu_model="T4")),
+        *none.problems(want),
+    ]
+    assert len(faults) == 7 and all(known(fault) for fault in faults)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.hosts import IMAGE, NOW, POLICY, gpu, host, index, moment, report, want
 
+from deskfleet.portal.details import form_of
 from deskfleet.scheduler.filters import FILTERS, Reservation, Want, free_gpu, objection, verdict
 from deskfleet.scheduler.hosts import HostState, Usage
 from deskfleet.scheduler.placement import MOST_VERDICTS, NoFit, Placement, choose, explain, naive, score, terms, why
@@ -74,13 +75,15 @@ def test_each_filter_says_why(state: HostState, wanted: Want, reason: Reason) ->
     found = verdict(wanted, state, moment())
     assert found is not None and found.reason is reason
     assert found.sentence.startswith("h1: ") and len(found.sentence) > 8
+    assert form_of(found.detail), "the portal can say it in no other language"
     assert isinstance(choose(wanted, [state], moment()), NoFit)
     assert [entry.reason for entry in explain(wanted, [state], moment())] == [reason]
 
 
 def test_every_reason_of_a_filter_is_met_above_or_below() -> None:
     assert len(FILTERS) == 13
-    assert verdict(want(), host(), moment(POLICY, NOW, kept())).reason is Reason.RESERVED  # type: ignore[union-attr]
+    found = verdict(want(), host(), moment(POLICY, NOW, kept()))
+    assert found is not None and found.reason is Reason.RESERVED and form_of(found.detail)
 
 
 def test_a_fit_is_exact_at_its_edge() -> None:
@@ -90,7 +93,8 @@ def test_a_fit_is_exact_at_its_edge() -> None:
 
 
 def test_without_hosts_it_says_so() -> None:
-    assert explain(want(), [], moment())[0].reason is Reason.NO_HOSTS
+    (only,) = explain(want(), [], moment())
+    assert only.reason is Reason.NO_HOSTS and form_of(only.detail)
 
 
 def test_many_hosts_are_told_by_reason_and_number() -> None:

@@ -136,6 +136,30 @@ def test_who_waited_gets_one_mail_with_the_address_of_the_desktop(world: World, 
     assert f"https://portal.example.org/desktop/{SID}\r\n" in message.get_content()
 
 
+def test_a_mail_is_in_the_language_that_its_reader_read_last(world: World, server: Server) -> None:
+    world.portal.people.reads("alice", "de")
+    world.portal.people.reads("alice", "fr")
+    waited(world)
+    world.session("b" * 32, "bob", State.RUNNING, lifetime_s=700)
+    world.clock.now += 420
+    world.portal.send_mails()
+    mine, others = sorted((message_of(envelope) for envelope in server.got), key=lambda message: str(message["To"]))
+    assert mine["Subject"] == "Votre bureau est prêt\u00a0: Linux desktop"
+    assert f"Ouvrez-le\u00a0: https://portal.example.org/desktop/{SID}\r\n" in mine.get_content()
+    assert others["Subject"] == "Your desktop ends in 5 min: Linux desktop"
+
+
+def test_who_reads_what_the_site_offers_no_more_gets_its_default(
+    world: World, server: Server, authority: Authority
+) -> None:
+    portal = world.build(mail=MAIL | {"port": server.port, "ca": authority.ca}, languages=["fr"])
+    portal.people.reads("alice", "en")
+    waited(world)
+    portal.send_mails()
+    assert message_of(server.got[0])["Subject"].startswith("Votre bureau")
+    portal.store.close()
+
+
 def test_several_portals_send_one_mail(world: World, server: Server, authority: Authority) -> None:
     mail = MAIL | {"port": server.port, "ca": authority.ca}
     others = [world.build(mail=mail) for _ in range(3)]

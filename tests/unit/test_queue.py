@@ -8,6 +8,7 @@ import pytest
 from support.hosts import MACHINE, POLICY, gpu
 from support.scheduling import Control
 
+from deskfleet.portal.details import form_of
 from deskfleet.scheduler import waiting
 from deskfleet.scheduler.filters import Want
 from deskfleet.scheduler.policy import Caps, Pool, QueueClass
@@ -296,6 +297,8 @@ def test_before_the_click_it_says_now_waits_or_never() -> None:
     assert never.outlook is Outlook.NEVER and never.largest
     assert (never.largest.cpus, never.largest.memory_mib) == (4, 16384)
     assert "the largest that fits is 4 CPUs" in never.verdicts[0].detail
+    form = form_of(never.verdicts[0].detail)
+    assert form and form_of(form[1]["text"]) and form_of(never.why), "the portal can say it in no other language"
     no_gpu = control.ask(gpus=1)
     assert no_gpu.outlook is Outlook.NEVER and no_gpu.verdicts[0].reason is Reason.GPU_NONE
     sid = control.launch(cpus=8)
