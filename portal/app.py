@@ -197,7 +197,9 @@ def _errors(app: Flask) -> None:
     def _http(error: HTTPException) -> WerkzeugResponse:
         status = HTTPStatus(error.code or 500)
         reason = Refused.NOT_FOUND if status is HTTPStatus.NOT_FOUND else Refused.BAD_REQUEST
-        message = "" if reason is Refused.NOT_FOUND else f"{status.phrase}. {gettext(ANSWERS[reason][1])}"
+        message = ""
+        if reason is Refused.BAD_REQUEST and request.path.startswith(_API):
+            message = f"{status.phrase}. {gettext(ANSWERS[reason][1])}"  # HTTP's own words are English
         answer = _answer(Problem(reason, message), status=status)
         if isinstance(error, MethodNotAllowed):
             answer.headers["Allow"] = ", ".join(sorted(error.valid_methods or ()))

@@ -36,6 +36,8 @@ def test_a_wheel_claims_one_name_only(tmp_path: Path) -> None:
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"deskfleet"}
     assert "deskfleet/ledger/migrations/versions/0001_first_tables.py" in names
     assert any(name.endswith("templates/login.html") for name in names)
+    assert "deskfleet/portal/translations/fr/LC_MESSAGES/messages.po" in names
+    assert not any("axe" in name for name in names), "only tests need it"
     for needed in ("core/rfb.js", "pako/lib/zlib/inflate.js"):
         assert any("static/vendor/" in name and name.endswith(needed) for name in names), f"no {needed} in the wheel"
 
