@@ -17,7 +17,7 @@ from deskfleet.portal.languages import gettext
 from deskfleet.portal.launching import offered
 from deskfleet.portal.services import services
 from deskfleet.portal.session_list import MOST_SHOWN, Filter, people
-from deskfleet.portal.web import admin_only, client_address, person
+from deskfleet.portal.web import admin_only, client_address, person, whole
 from deskfleet.portal.words import STATES
 
 Answer = str | tuple[str, int] | WerkzeugResponse
@@ -78,7 +78,7 @@ def stop_all() -> Answer:
     """Stop every desktop that matches. Their number must be typed, so that no slip of the hand does it."""
     which = Filter.of(request.form)
     try:
-        admin_actions.stop_all(which, request.form.get("typed", -1, int))
+        admin_actions.stop_all(which, whole(request.form, "typed", -1))
     except Problem as problem:
         return _sessions(which, problem), int(problem.status)
     given: dict[str, Any] = {**which.given}
@@ -166,7 +166,7 @@ def audit() -> Answer:
         which = _question()
     except Problem as refused:
         problem = refused
-    before = request.args.get("before", 0, int)
+    before = whole(request.args, "before")
     trail = services().audit
     entries = trail.newest(_AUDIT_PAGE, which, before)
     text = render_template(

@@ -8,7 +8,7 @@ from werkzeug.wrappers import Response
 from deskfleet.portal import admin_actions
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.services import services
-from deskfleet.portal.web import admin_only
+from deskfleet.portal.web import admin_only, whole
 
 Answer = str | tuple[str, int] | Response
 
@@ -31,7 +31,7 @@ def part() -> str:
 
 def _found() -> dict[str, object]:
     parts = services()
-    before = request.args.get("before", 0, int)
+    before = whole(request.args, "before")
     letters = parts.letters.newest(before=before)
     return {
         "queues": parts.fleet.queues(),
@@ -97,4 +97,4 @@ def discard_all() -> Answer:
 
 def _number(field: str) -> int:
     """A number of a form; one that is none never fits."""
-    return request.form.get(field, -1, int)
+    return whole(request.form, field, -1)

@@ -17,10 +17,9 @@ from marshmallow import ValidationError
 from webargs.flaskparser import FlaskParser
 
 from deskfleet.portal import actions, api_schemas, words
-from deskfleet.portal.audit import Entry
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
-from deskfleet.portal.fleet import HostView, QueueView, images_on
+from deskfleet.portal.fleet import HostView, images_on
 from deskfleet.portal.launching import Wish, offered
 from deskfleet.portal.logins import TokenInfo
 from deskfleet.portal.services import services
@@ -64,15 +63,17 @@ class _Api(Api):
         """None of its own: the application answers pages and programs from one table."""
 
 
-class _Blueprint(Blueprint):
+class ApiBlueprint(Blueprint):
+    """Calls whose faults come out as the portal's own refusals."""
+
     ARGUMENTS_PARSER = _Parser()
 
 
-blueprint = _Blueprint("api", __name__, url_prefix="/api/v1", description="Desktops and the fleet")
+blueprint = ApiBlueprint("api", __name__, url_prefix="/api/v1", description="Desktops and the fleet")
 
 
-def register(app: Flask, root: str = "") -> None:
-    """Add the API and its description to an application that lies below the path `root` of its host."""
+def register(app: Flask, *more: ApiBlueprint, root: str = "") -> None:
+    """Add the API, with further calls, and its description to an application below the path `root` of its host."""
     api = _Api(
         spec_kwargs={
             "title": "Deskfleet",
@@ -86,7 +87,8 @@ def register(app: Flask, root: str = "") -> None:
     schemes = api.spec.components
     schemes.security_scheme("bearer", {"type": "http", "scheme": "bearer"})
     schemes.security_scheme("cookie", {"type": "apiKey", "in": "cookie", "name": app.config["SESSION_COOKIE_NAME"]})
-    api.register_blueprint(blueprint)
+    for calls in (blueprint, *more):
+        api.register_blueprint(calls)
 
     @app.get("/api/v1/openapi.json", endpoint="openapi")
     @public
@@ -254,23 +256,6 @@ def undrain(host: str) -> None:
 def declare_dead(host: str) -> None:
     """Give up what a host runs. Only when it is surely off or cut from everything. For administrators."""
     actions.declare_dead(host)
-
-
-@blueprint.get("/queues")
-@admin_only
-@blueprint.response(200, api_schemas.QueueSchema(many=True))
-def queues() -> list[QueueView]:
-    """The queues of the broker. For administrators."""
-    return services().fleet.queues()
-
-
-@blueprint.get("/audit")
-@admin_only
-@blueprint.arguments(api_schemas.AuditQuerySchema, location="query")
-@blueprint.response(200, api_schemas.AuditSchema(many=True))
-def audit(query: dict[str, int]) -> list[Entry]:
-    """The newest lines of the audit, newest first. For administrators."""
-    return services().audit.newest(query["limit"])
 
 
 def _cookie_user() -> str:

@@ -13,7 +13,9 @@ from deskfleet.portal.shares import Audience
 _MOST = 1 << 40
 
 
-class _Input(Schema):
+class Input(Schema):
+    """What comes in: a field that is not known is refused."""
+
     class Meta:
         unknown = RAISE
 
@@ -22,7 +24,7 @@ def _whole(low: int = 0, **options: Any) -> fields.Int:
     return fields.Int(strict=True, validate=validate.Range(low, _MOST), **options)
 
 
-class _WishSchema(_Input):
+class _WishSchema(Input):
     machine = fields.Str(required=True, validate=validate.Length(1, 48))
     cpus = _whole(1, load_default=None)
     memory_mib = _whole(1, load_default=None)
@@ -53,38 +55,32 @@ class LaunchSchema(_WishSchema):
         return data.pop("sid"), Wish(**data)
 
 
-class DrainSchema(_Input):
+class DrainSchema(Input):
     """What the administrator tells the people on a host that is being drained."""
 
     text = fields.Str(load_default="", validate=validate.Length(max=LONGEST_TEXT))
 
 
-class ExtendSchema(_Input):
+class ExtendSchema(Input):
     """How many seconds longer a desktop shall last."""
 
     extra_s = fields.Int(strict=True, required=True, validate=validate.Range(60, 366 * 24 * 3600))
 
 
-class NewTokenSchema(_Input):
+class NewTokenSchema(Input):
     """A new access token: what it is for, and for how many days it is good."""
 
     label = fields.Str(required=True, validate=validate.Length(1, 80))
     days = fields.Int(strict=True, load_default=30, validate=validate.Range(1, 366))
 
 
-class NewShareSchema(_Input):
+class NewShareSchema(Input):
     """A new link to a desktop: what its guests may do, who may use it, for how long, and with which passphrase."""
 
     mode = fields.Str(load_default="full", validate=validate.OneOf(["full", "watch"]))
     audience = fields.Enum(Audience, by_value=True, load_default=Audience.SIGNED_IN)
     lifetime_s = fields.Int(strict=True, load_default=3600, validate=validate.Range(60, 366 * 24 * 3600))
     passphrase = fields.Str(load_default="", validate=validate.Length(max=200))
-
-
-class AuditQuerySchema(_Input):
-    """How many lines of the audit."""
-
-    limit = fields.Int(load_default=200, validate=validate.Range(1, 1000))
 
 
 class ErrorSchema(Schema):
@@ -269,28 +265,6 @@ class OneHostSchema(HostSchema):
     """A host with its images."""
 
     images = fields.List(fields.Nested(ImageSchema))
-
-
-class QueueSchema(Schema):
-    """A queue; figures are null while they are unknown, `problem` says why."""
-
-    name = fields.Str()
-    purpose = fields.Str()
-    messages = fields.Int(allow_none=True)
-    consumers = fields.Int(allow_none=True)
-    problem = fields.Str()
-    alarm = fields.Bool()
-
-
-class AuditSchema(Schema):
-    """One line of the audit."""
-
-    at = fields.Float()
-    actor = fields.Str()
-    address = fields.Str()
-    action = fields.Str()
-    target = fields.Str()
-    detail = fields.Str()
 
 
 class TokenSchema(Schema):

@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.wrappers import Response as WerkzeugResponse
 
-from deskfleet.portal import languages, words
+from deskfleet.portal import api_admin, languages, words
 from deskfleet.portal.admin import admin
 from deskfleet.portal.admin_lists import lists
 from deskfleet.portal.admin_queues import queues
@@ -99,7 +99,7 @@ def create_app(parts: Services) -> Flask:
     app.register_blueprint(admin)
     app.register_blueprint(lists)
     app.register_blueprint(queues)
-    register_api(app, settings.path)
+    register_api(app, api_admin.blueprint, root=settings.path)
     _errors(app)
     if settings.path:
         # What lies outside of it is another application's; when it comes here all the same, there is nothing.

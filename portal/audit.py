@@ -130,7 +130,7 @@ def question(given: Mapping[str, str]) -> Question:
     Raises:
         ValueError: a day is none.
     """
-    actor, action, text = (given.get(name, "").strip()[:320] for name in ("actor", "action", "text"))
+    actor, action, text = (given.get(name, "").replace("\0", "").strip()[:320] for name in ("actor", "action", "text"))
     since, until = (_midnight(given.get(name, "")) for name in ("since", "until"))
     return Question(actor, action, text, since, until + _DAY_S if until else 0.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from deskfleet.portal import cli_fleet, cli_local, cli_machines, cli_remote, cli_share
+from deskfleet.portal import cli_admin, cli_fleet, cli_local, cli_machines, cli_remote, cli_share
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -19,6 +19,6 @@ def main() -> None:
     """
 
 
-for _module in (cli_remote, cli_share, cli_fleet, cli_local, cli_machines):
+for _module in (cli_remote, cli_share, cli_fleet, cli_admin, cli_local, cli_machines):
     for _command in _module.COMMANDS:
         main.add_command(_command)

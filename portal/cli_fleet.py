@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from deskfleet.portal import cli_enrol, words
+from deskfleet.portal import cli_admin, cli_enrol, words
 from deskfleet.portal.cli_common import Refusal, printable, table
 from deskfleet.portal.cli_portal import Portal, part, remote, show
 
@@ -112,5 +112,7 @@ def declare_dead(portal: Portal, as_json: bool, name: str, yes: bool) -> None:
 
 for _command in cli_enrol.COMMANDS:
     host.add_command(_command)
+
+cli_admin.queue.add_command(queues, "list")
 
 COMMANDS: tuple[click.Command, ...] = (hosts, queues, host)

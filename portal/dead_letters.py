@@ -46,7 +46,7 @@ _LONGEST_SHOWN = 20_000
 _AT_ONCE = 50
 _PATIENCE_S = 2.0
 _AGENT = "agent-"
-_SID = re.compile(r"[0-9a-f]{32}")
+_NAME = _SID = re.compile(r"[0-9a-f]{32}")
 
 _OF_A_HOST = N_("Only the host itself may say this, and its next heartbeat says what is still true. Discard it.")
 _OF_THE_SCHEDULER = N_(
@@ -179,8 +179,10 @@ class DeadLetters:
     def find(self, name: str) -> Letter:
         """One of them. Raises Problem."""
         query = select(tables.dead_letter).where(tables.dead_letter.c.name == name)
-        with self._store.reading() as connection:
-            row = connection.execute(query).mappings().first()
+        row = None
+        if _NAME.fullmatch(name):
+            with self._store.reading() as connection:
+                row = connection.execute(query).mappings().first()
         if row is None:
             raise Problem(Refused.NO_SUCH_LETTER)
         return _letter(row)

@@ -6,7 +6,7 @@ closed by default. A Bearer token stands for itself: with one, cookies are not l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from flask import current_app, g, request, session
@@ -55,6 +55,12 @@ def check_access() -> None:
         administrator()
     elif needed == "person":
         person()
+
+
+def whole(given: Mapping[str, str], name: str, default: int = 0) -> int:
+    """A number of a query or a form, as every database takes it; `default` when it is none."""
+    text = given.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else default
 
 
 def by_token() -> bool:

@@ -26,6 +26,9 @@ NEVER_FOUND = {
     "DELETE /api/v1/sessions/{sid}/shares/{name}",
     "DELETE /api/v1/tokens/{name}",
     "GET /api/v1/tokens",
+    "GET /api/v1/dead-letters/{name}",
+    "DELETE /api/v1/dead-letters/{name}",
+    "POST /api/v1/dead-letters/{name}/replay",
     "POST /api/v1/tokens",
 }
 

@@ -18,7 +18,7 @@ from werkzeug.serving import make_server
 from deskfleet.ledger.engine import check_revision, open_engine
 from deskfleet.ledger.reader import Wait
 from deskfleet.ledger.writer import Writer
-from deskfleet.portal import api, languages
+from deskfleet.portal import api, api_admin, languages
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.cli import main
 from deskfleet.portal.errors import Problem
@@ -26,6 +26,7 @@ from deskfleet.portal.services import EXTENSION, Services, build
 from deskfleet.portal.settings import PortalSchema
 from deskfleet.portal.sharing import sharing
 from deskfleet.portal.web import check_access
+from deskfleet.runtime.bus import Outgoing
 from deskfleet.runtime.service import SystemClock
 from deskfleet.runtime.settings import load
 from deskfleet.schemas.config import SECTIONS
@@ -35,11 +36,12 @@ from deskfleet.schemas.messages import (
     DrainRequested,
     HostDeclaredDead,
     LaunchRequested,
+    StopRequested,
 )
 from deskfleet.schemas.session import Event, Outcome, Resources, Session, advance
-from deskfleet.schemas.topology import SCHEDULER_COMMANDS, core
+from deskfleet.schemas.topology import COMMANDS, SCHEDULER_COMMANDS, core
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
-from deskfleet.schemas.wire import decode
+from deskfleet.schemas.wire import decode, encode
 
 TINY = """
 title = "Tiny"
@@ -131,7 +133,7 @@ def portal(parts: Services) -> Iterator[str]:
     app.extensions[EXTENSION] = parts
     app.before_request(check_access)
     languages.install(app, [languages.ENGLISH], languages.ENGLISH, "/api/")
-    api.register(app)
+    api.register(app, api_admin.blueprint)
     app.register_blueprint(sharing)
 
     @app.errorhandler(Problem)
@@ -521,3 +523,102 @@ def test_a_desktop_is_shared_shown_and_taken_back(portal: str, parts: Services) 
 def test_a_shell_learns_to_complete_commands(shell: str) -> None:
     found = CliRunner().invoke(main, ["completion", shell])
     assert found.exit_code == 0 and "_DESKFLEET_COMPLETE" in found.output
+
+
+# --- for administrators ---------------------------------------------------------------------------------------
+
+
+def bury(harness: MemoryHarness, sid: str) -> None:
+    """A launch of the portal's own login that the scheduler refuses."""
+    bus, reader = harness.bus("portal"), harness.bus("scheduler", core())
+    reader.consume(SCHEDULER_COMMANDS, lambda delivery: delivery.reject())
+    launch = LaunchRequested(sid, "ann", (), "tiny", Resources(1, 128, 1), True, 3600, 600)
+    bus.publish(Outgoing(COMMANDS, "scheduler", *encode(launch))).result(0)
+    harness.settle()
+    reader.stop()
+
+
+def test_dead_letters_are_listed_shown_sent_again_and_discarded(
+    portal: str, parts: Services, harness: MemoryHarness
+) -> None:
+    root = token(parts, "root")
+    for digit in "abc":
+        bury(harness, digit * 32)
+    lines = remote(portal, root, "queue", "dead").stdout.splitlines()
+    assert [line.split()[-1] for line in lines[1:]] == ["c" * 32, "b" * 32, "a" * 32]
+    newest = lines[1].split()[0]
+    shown = remote(portal, root, "queue", "dead", newest).stdout
+    assert '"machine": "tiny"' in shown and shown.splitlines()[-1] != ""
+    for arguments in (("queue", "discard"), ("queue", "discard", newest, "--all")):
+        assert remote(portal, root, *arguments).exit_code == 2
+    assert remote(portal, root, "queue", "discard", newest, stdin="nope\n").exit_code == 1
+    assert remote(portal, root, "queue", "discard", newest, stdin=f"{newest[:4]}\n").exit_code == 0
+    assert remote(portal, root, "queue", "discard", "--all", stdin="3\n").exit_code == 1
+    assert parts.letters.count() == 2
+    assert remote(portal, root, "queue", "discard", "--all", stdin="2\n").exit_code == 0
+    assert parts.letters.count() == 0
+    assert "There is none" in remote(portal, root, "queue", "discard", "--all").stdout
+    assert remote(portal, root, "queue", "replay", newest).exit_code == 1
+    assert "scheduler.commands" in remote(portal, root, "queue", "list").stdout
+    ann = token(parts, "ann")
+    for arguments in (("queue", "dead"), ("session", "list"), ("audit", "export"), ("health",)):
+        refused = remote(portal, ann, *arguments)
+        assert refused.exit_code == 1 and "not_allowed" in refused.stderr
+
+
+def test_a_dead_letter_is_sent_again(portal: str, parts: Services, harness: MemoryHarness) -> None:
+    bury(harness, "a" * 32)
+    (letter,) = parts.letters.newest()
+    done = remote(portal, token(parts, "root"), "queue", "replay", letter.name)
+    assert done.exit_code == 0, done.stderr
+    (again,) = harness.broker.pending(SCHEDULER_COMMANDS)
+    assert (again.type, again.body) == (letter.type, letter.body)
+
+
+def test_everybodys_desktops_are_listed_and_stopped_by_their_number(
+    portal: str, parts: Services, harness: MemoryHarness, config: Path
+) -> None:
+    harness.broker.declare(core())
+    with ledger(config).begin() as tx:
+        for digit, user in (("a", "ann"), ("b", "bob"), ("c", "ann")):
+            tx.add(
+                Session(
+                    sid=digit * 32,
+                    user=user,
+                    machine="tiny",
+                    resources=Resources(1, 128, 1),
+                    persistent=False,
+                    lifetime_s=3600,
+                    wait_s=600,
+                    created_at=1.0,
+                    changed_at=1.0,
+                )
+            )
+    root = token(parts, "root")
+    lines = remote(portal, root, "session", "list", "--user", "ann").stdout.splitlines()
+    assert [line.split()[0][0] for line in lines[1:]] == ["a", "c"]
+    assert remote(portal, root, "session", "stop-all", "--user", "ann", stdin="3\n").exit_code == 1
+    assert remote(portal, root, "session", "stop-all", "--user", "ann", "--count", "3").exit_code == 1
+    assert remote(portal, root, "session", "stop-all", "--user", "eve").exit_code == 1
+    assert harness.broker.pending(SCHEDULER_COMMANDS) == ()
+    assert remote(portal, root, "session", "stop-all", "--user", "ann", stdin="2\n").exit_code == 0
+    stopped = [decode(message.type, message.body) for message in harness.broker.pending(SCHEDULER_COMMANDS)]
+    assert [stop.sid[0] for stop in stopped if isinstance(stop, StopRequested)] == ["a", "c"]
+
+
+def test_the_audit_is_exported_whole(portal: str, parts: Services) -> None:
+    for number in range(1005):
+        parts.audit.note("=ann", "10.0.0.1", "launch", f"{number}", "tiny")
+    parts.audit.note("bob", "10.0.0.1", "stop", "x")
+    root = token(parts, "root")
+    lines = remote(portal, root, "audit", "export", "--action", "launch").stdout.splitlines()
+    assert lines[0].startswith("at,actor,") and len(lines) == 1006 and ",'=ann," in lines[1]
+    objects = remote(portal, root, "audit", "export", "--format", "jsonl", "--actor", "bob").stdout.splitlines()
+    assert [json.loads(line)["action"] for line in objects] == ["stop"]
+    assert remote(portal, root, "audit", "export", "--since", "yesterday").exit_code == 1
+
+
+def test_health_tells_what_is_broken_and_ends_so(portal: str, parts: Services, harness: MemoryHarness) -> None:
+    root = token(parts, "root")
+    done = remote(portal, root, "health")
+    assert done.exit_code == 1 and "scheduler" in done.stdout and "bad" in done.stdout

@@ -279,6 +279,14 @@ def test_an_export_is_bounded(world: World) -> None:
     assert len(list(world.portal.audit.every(Question(), 700))) == 12
 
 
+@pytest.mark.parametrize("number", ["-1", "x", "9" * 40, "1.5", "\u0661"])
+def test_a_number_that_is_none_is_the_newest_page(world: World, boss: Browser, number: str) -> None:
+    name = bury(world)
+    assert f'data-letter="{name}"' in boss.get("/admin/queues/part", query_string={"before": number}).text
+    assert boss.get("/admin/audit", query_string={"before": number}).status_code == 200
+    assert post(boss, "/admin/queues/dead/discard-all", typed=number, up_to=number).status_code == 409
+
+
 # Health.
 
 

@@ -106,8 +106,17 @@ ACCESS = {
     "api.drain": "admin",
     "api.declare_dead": "admin",
     "api.undrain": "admin",
-    "api.queues": "admin",
-    "api.audit": "admin",
+    "api_admin.everybody": "admin",
+    "api_admin.stop_all": "admin",
+    "api_admin.people_now": "admin",
+    "api_admin.queues": "admin",
+    "api_admin.letters": "admin",
+    "api_admin.letter": "admin",
+    "api_admin.replay": "admin",
+    "api_admin.discard": "admin",
+    "api_admin.discard_all": "admin",
+    "api_admin.health": "admin",
+    "api_admin.audit": "admin",
 }
 
 
