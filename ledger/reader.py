@@ -44,9 +44,6 @@ _TIMELINE = (
     .where(tables.session_event.c.sid == bindparam("of_sid"))
     .order_by(tables.session_event.c.id)
 )
-_WAIT = select(tables.session.c.place, tables.session.c.estimate_s, tables.session.c.verdicts).where(
-    tables.session.c.sid == bindparam("of_sid"), tables.session.c.state == State.QUEUED.value
-)
 
 
 def live_sessions(connection: Connection) -> list[Session]:
@@ -72,6 +69,16 @@ class Reader:
         with self._engine.connect() as connection:
             row = connection.execute(_SESSION, {"of_sid": sid}).mappings().first()
             return to_session(row) if row else None
+
+    def watched(self, sid: str) -> tuple[Session, Wait | None] | None:
+        """The same, with what the scheduler found out at its last look while the session waits."""
+        with self._engine.connect() as connection:
+            row = connection.execute(_SESSION, {"of_sid": sid}).mappings().first()
+        if row is None:
+            return None
+        session = to_session(row)
+        waits = session.state is State.QUEUED
+        return session, Wait(row["place"], row["estimate_s"], to_verdicts(row)) if waits else None
 
     def known(self, sids: Iterable[str]) -> set[str]:
         """Which of these requests the ledger holds."""
@@ -130,7 +137,7 @@ class Reader:
             ]
 
     def waits(self, sids: Iterable[str]) -> dict[str, Wait]:
-        """The same as wait() for several sessions; those that do not wait are left out."""
+        """What the scheduler found out about these sessions at its last look; those that do not wait are left out."""
         session = tables.session.c
         query = select(session.sid, session.place, session.estimate_s, session.verdicts).where(
             session.sid.in_(list(sids)), session.state == State.QUEUED.value
@@ -140,7 +147,6 @@ class Reader:
             return {row["sid"]: Wait(row["place"], row["estimate_s"], to_verdicts(row)) for row in rows}
 
     def wait(self, sid: str) -> Wait | None:
-        """What the scheduler found out about a waiting session at its last look; None when it does not wait."""
-        with self._engine.connect() as connection:
-            row = connection.execute(_WAIT, {"of_sid": sid}).mappings().first()
-            return Wait(row["place"], row["estimate_s"], to_verdicts(row)) if row else None
+        """The same for one session; None when it does not wait."""
+        found = self.watched(sid)
+        return found[1] if found else None

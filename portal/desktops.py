@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from sqlalchemy.exc import DBAPIError
 
-from deskfleet.ledger.reader import Reader, SessionEvent
+from deskfleet.ledger.reader import Reader, SessionEvent, Wait
 from deskfleet.portal import details, words
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.languages import N_, gettext
@@ -38,7 +38,7 @@ class Desktop:
     `state` is a session's state, or "saved" / "sent" while the scheduler is not known to have the request. `sentence`
     says it in words. `unsure` means that the ledger can't be read, so this is what was true last. `host_silent` means
     that its host does not answer, so that nobody knows how it is; `host_message` is what the administrator tells the
-    people on that host.
+    people on that host. `wait` is what keeps it waiting, for one that was looked up by itself.
     """
 
     sid: str
@@ -61,6 +61,7 @@ class Desktop:
     unsure: bool = False
     host_silent: bool = False
     host_message: str = ""
+    wait: Wait | None = None
 
     @property
     def shown(self) -> str:
@@ -117,15 +118,16 @@ class Desktops:
     def find(self, sid: str) -> Desktop | None:
         """One desktop. Raises Problem when the ledger can't be read and this portal has no request of that id."""
         try:
-            session = self._reader.session(sid)
-            hosts = self._hosts([session] if session else [])
+            found = self._reader.watched(sid)
+            hosts = self._hosts([found[0]] if found else [])
         except DBAPIError:
             request = self._outbox.find(sid)
             if request is None:
                 raise Problem(Refused.RECORDS_AWAY) from None
             return replace(self._from_request(request), unsure=True)
-        if session is not None:
-            return self._from_session(session, sid in self._outbox.stopping([sid]), hosts)
+        if found is not None:
+            session, wait = found
+            return replace(self._from_session(session, self._outbox.stop_asked(sid), hosts), wait=wait)
         request = self._outbox.find(sid)
         return self._from_request(request) if request else None
 
@@ -144,19 +146,19 @@ class Desktops:
         """A desktop with its steps and reasons."""
         request = self._outbox.find(desktop.sid)
         asked_at = min(request.created_at, desktop.created_at) if request else desktop.created_at
+        wait = desktop.wait
         try:
-            waits = desktop.state == State.QUEUED
-            wait = self._reader.wait(desktop.sid) if waits else None
-            return Story(
-                desktop,
-                asked_at,
-                wait.place if wait else None,
-                wait.estimate_s if wait else None,
-                tuple((v.host, v.reason.value, details.verdict(v.host, v.text)) for v in wait.verdicts) if wait else (),
-                tuple(self._reader.timeline(desktop.sid)),
-            )
+            steps = tuple(self._reader.timeline(desktop.sid))
         except DBAPIError:
-            return Story(replace(desktop, unsure=True), asked_at, None, None, (), ())
+            desktop, wait, steps = replace(desktop, unsure=True), None, ()
+        return Story(
+            desktop,
+            asked_at,
+            wait.place if wait else None,
+            wait.estimate_s if wait else None,
+            tuple((v.host, v.reason.value, details.verdict(v.host, v.text)) for v in wait.verdicts) if wait else (),
+            steps,
+        )
 
     def of_user(self, user: str) -> tuple[list[Desktop], bool]:
         """A person's desktops, newest first, and whether the ledger could be read."""

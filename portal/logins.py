@@ -68,14 +68,15 @@ class Logins:
             connection.execute(insert(tables.login).values(digest=digest(secret), used_at=row["created_at"], **row))
         return secret
 
-    def find(self, secret: str) -> Identity | None:
-        """Whose login this is, as it was when it began; None when it has ended."""
+    def find(self, secret: str, used: bool = True) -> Identity | None:
+        """Whose login this is, as it was when it began; None when it has ended. `used`: somebody does something by it,
+        so that it is not idle."""
         row = self._look_up(tables.login, secret)
         if row is None:
             return None
         now = self._clock.wall()
         # Not at every request: a write for each would make all pages wait for the disk.
-        if self._idle_s and now - row["used_at"] > min(60.0, self._idle_s / 4):
+        if used and self._idle_s and now - row["used_at"] > min(60.0, self._idle_s / 4):
             mine = tables.login.c.digest == row["digest"]
             with self._store.writing() as connection:
                 connection.execute(update(tables.login).where(mine).values(used_at=now))

@@ -71,16 +71,17 @@ class Request:
 
 
 def _is_open() -> ColumnElement[bool]:
-    return tables.request.c.state.in_(OPEN)
+    # Not IN: SQLAlchemy expands that anew at each execution.
+    return or_(*(tables.request.c.state == stage for stage in OPEN))
 
 
 # Made once: the pages that poll ask these hundreds of times a second.
 _LAUNCH = select(tables.request).where(
     tables.request.c.sid == bindparam("of_sid"), tables.request.c.kind == Kind.LAUNCH
 )
-_STOPPING = select(tables.request.c.sid).where(
-    tables.request.c.sid.in_(bindparam("of_sids", expanding=True)), tables.request.c.kind == Kind.STOP, _is_open()
-)
+_OPEN_STOP = select(tables.request.c.sid).where(tables.request.c.kind == Kind.STOP, _is_open())
+_STOPPING = _OPEN_STOP.where(tables.request.c.sid.in_(bindparam("of_sids", expanding=True)))
+_STOP_ASKED = _OPEN_STOP.where(tables.request.c.sid == bindparam("of_sid"))
 
 
 class Outbox:
@@ -124,6 +125,11 @@ class Outbox:
         """Which of these have a stop on its way."""
         with self._store.reading() as connection:
             return set(connection.scalars(_STOPPING, {"of_sids": list(sids)}))
+
+    def stop_asked(self, sid: str) -> bool:
+        """Whether this one has a stop on its way."""
+        with self._store.reading() as connection:
+            return connection.execute(_STOP_ASKED, {"of_sid": sid}).first() is not None
 
     def launches_of(self, user: str, limit: int = 100) -> list[Request]:
         """A person's launches, newest first."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import math
+from dataclasses import dataclass, replace
 
 from deskfleet.portal.desktops import Desktop, Story
 from deskfleet.portal.languages import N_, gettext
@@ -12,6 +14,8 @@ from deskfleet.schemas.session import Event, State
 # A desktop that is on its way well mostly starts within this time, and a person watches every step of it.
 _CLOSE_WATCH_S = 3.0
 _FAST_MS, _SLOW_MS = 150, 1000
+# The page counts the seconds of the first minute by itself; after it, the time is told in minutes.
+_COUNTED_S = 60
 
 #: What each stage waits for: its name, and the states of a desktop that has reached it.
 _STAGES: tuple[tuple[str, frozenset[str]], ...] = (
@@ -31,6 +35,11 @@ class Stage:
     name: str
     status: str
     after_s: float | None
+
+    @property
+    def counted(self) -> bool:
+        """Whether its seconds go on while the page is looked at."""
+        return self.status == "current" and self.after_s is not None and self.after_s < _COUNTED_S
 
 
 def stages(story: Story, now: float) -> list[Stage]:
@@ -84,3 +93,19 @@ def pause_ms(desktop: Desktop, now: float) -> int:
         return 0
     fresh = min(abs(now - desktop.created_at), abs(now - desktop.changed_at)) < _CLOSE_WATCH_S
     return _FAST_MS if fresh else _SLOW_MS
+
+
+def look(desktop: Desktop, now: float, *about: str) -> str:
+    """A short hash over what decides how a desktop's progress is shown, but for the time that has passed; `about` is
+    what the page itself depends on.
+
+    Steps are not asked for: the scheduler writes them with the session, which changes with each.
+    """
+    shown = (replace(desktop, time_left_s=None), pause_ms(desktop, now), about)
+    return hashlib.blake2b(repr(shown).encode(), digest_size=8).hexdigest()
+
+
+def good_until(story: Story, now: float) -> int:
+    """Until when (UNIX seconds) the times on a page stay right while nothing happens: the next full minute."""
+    minutes = math.floor((now - story.asked_at) / _COUNTED_S) + 1
+    return math.ceil(story.asked_at + minutes * _COUNTED_S)

@@ -36,11 +36,9 @@ class Store:
         self._writer = open_engine(url)
         self._reader = open_engine(url, read_only=True)
 
-    @contextmanager
-    def reading(self) -> Iterator[Connection]:
-        """One short read transaction."""
-        with self._reader.connect() as connection:
-            yield connection
+    def reading(self) -> Connection:
+        """A connection for one short read transaction, which ends with its `with` block."""
+        return self._reader.connect()
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:

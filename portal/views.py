@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from flask import Blueprint, make_response, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
-from deskfleet.portal import actions, details, forms, progress, signing_in, words
+from deskfleet.portal import actions, details, forms, languages, progress, signing_in, words
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.languages import COOKIE, gettext
 from deskfleet.portal.launching import Wish, lifetimes, may_persist, offered
 from deskfleet.portal.login_pages import Page, local, login_page
 from deskfleet.portal.services import services
-from deskfleet.portal.web import mine, own_desktop, person, public, someone
+from deskfleet.portal.web import grant, mine, own_desktop, person, public, someone
 from deskfleet.schemas.machine import GpuPolicy, Machine
 from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.session import State
@@ -225,10 +225,20 @@ def progress_page(sid: str) -> Page:
 def progress_part(sid: str) -> Page:
     """The part of the progress page that changes."""
     desktop = own_desktop(checked(sid))
+    opens = desktop.running and not desktop.host_silent
+    now = services().clock.wall()
+    # Most polls end here: who waits asks each second, and is told something new now and then.
+    if not opens and now < request.args.get("until", 0, int) and request.args.get("seen") == _look(desktop, now):
+        return Response(status=204)
     response = make_response(render_template("_progress.html", **_progress(desktop)))
-    if desktop.running and not desktop.host_silent:
+    if opens:
         response.headers["HX-Redirect"] = url_for("pages.desktop", sid=sid)
     return response
+
+
+def _look(desktop: Desktop, now: float) -> str:
+    # The forms in it hold a token that is good for one login.
+    return progress.look(desktop, now, languages.language(), grant())
 
 
 def _progress(desktop: Desktop) -> dict[str, object]:
@@ -240,6 +250,8 @@ def _progress(desktop: Desktop) -> dict[str, object]:
         "stages": progress.stages(story, now),
         "headline": progress.headline(story),
         "pause_ms": progress.pause_ms(story.desktop, now),
+        "seen": _look(story.desktop, now),
+        "until": progress.good_until(story, now),
         "last": desktop.over and desktop.user == person().user and services().pictures.has_last(desktop.sid),
     }
 

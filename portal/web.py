@@ -22,6 +22,8 @@ _View = TypeVar("_View", bound=Callable[..., Any])
 
 #: The key of the server-side login's secret in the signed cookie.
 LOGIN = "login"
+#: By this header the pages' own scripts say that nobody did anything; what htmx asks for carries one of its own.
+UNATTENDED = "X-Deskfleet-Unattended"
 _BEARER = "Bearer "
 
 
@@ -68,6 +70,11 @@ def by_token() -> bool:
     return request.headers.get("Authorization", "").startswith(_BEARER)
 
 
+def unattended() -> bool:
+    """Whether an open page asks by itself, which keeps no login alive: it would do so all night."""
+    return (request.method == "GET" and "HX-Request" in request.headers) or UNATTENDED in request.headers
+
+
 def someone() -> Identity | None:
     """Who asks; None when nobody is logged in. Looked up once a request."""
     if "who" not in g:
@@ -81,7 +88,7 @@ def _look_up() -> Identity | None:
         found = logins.find_token(request.headers["Authorization"].removeprefix(_BEARER).strip())
     else:
         secret = session.get(LOGIN)
-        found = logins.find(secret) if isinstance(secret, str) else None
+        found = logins.find(secret, used=not unattended()) if isinstance(secret, str) else None
     if found is None:
         return None
     headers = services().headers

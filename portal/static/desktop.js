@@ -159,10 +159,18 @@ const [endingText, longer] = [ending.querySelector("span"), ending.querySelector
 let endsAt = null; // by this page's own clock
 let warned = Infinity; // the last warning that was told, in minutes before the end
 
+// A desktop that somebody works at keeps its login alive; one that is only open does not.
+let touched = true;
+for (const name of ["keydown", "pointerdown", "pointermove", "wheel"]) {
+  window.addEventListener(name, () => { touched = true; }, { capture: true, passive: true });
+}
+
 async function askTime() {
   if (over) return;
+  const headers = touched ? asking : { ...asking, "X-Deskfleet-Unattended": "yes" };
+  touched = false;
   try {
-    const response = await fetch(page.session, { headers: asking });
+    const response = await fetch(page.session, { headers });
     const left = response.ok ? (await response.json()).time_left_s : null;
     endsAt = left === null ? null : performance.now() + left * 1000;
   } catch {

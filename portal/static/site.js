@@ -54,6 +54,17 @@ document.addEventListener("htmx:afterSwap", () => {
   say();
 });
 
+// The seconds of the step that is waited for go on here: the portal sends that part of the page anew when more changes.
+const COUNTED_S = 60;
+
+setInterval(() => {
+  for (const said of document.querySelectorAll("[data-counted]")) {
+    said.begun ??= performance.now() - 1000 * Number(said.dataset.counted);
+    const seconds = Math.floor((performance.now() - said.begun) / 1000);
+    if (seconds < COUNTED_S) said.textContent = `${seconds} s…`;
+  }
+}, 500);
+
 document.addEventListener("htmx:beforeSwap", (event) => {
   if (event.detail.isError) return;
   offline.hidden = true;
@@ -64,7 +75,7 @@ document.addEventListener("htmx:beforeSwap", (event) => {
 // Small pictures of running desktops: a new one replaces the old once it is there, so that nothing flickers.
 async function showScreen(image) {
   try {
-    const response = await fetch(image.dataset.picture);
+    const response = await fetch(image.dataset.picture, { headers: { "X-Deskfleet-Unattended": "yes" } });
     if (response.status !== 200) return;
     const next = URL.createObjectURL(await response.blob());
     if (image.src) URL.revokeObjectURL(image.src);

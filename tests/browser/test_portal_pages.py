@@ -88,6 +88,22 @@ def test_one_click_and_each_step_shows_until_the_desktop_opens_by_itself(browser
     expect(page).to_have_title("Ready · Linux desktop · Deskfleet")
 
 
+def test_seconds_go_on_while_the_portal_has_nothing_new_to_say(browser: Browser, site: Site) -> None:
+    site.world.session(SID, "alice", State.QUEUED)
+    page = site.page(browser, "alice")
+    answers: list[int] = []
+    page.on("response", lambda answer: answers.append(answer.status) if "/part?" in answer.url else None)
+    page.goto(f"{site.url}/progress/{SID}")
+    page.evaluate("document.getElementById('progress').dataset.mark = 'kept'")
+    expect(page.locator("[aria-current=step] .after")).to_have_text("2 s…")  # no clock but the page's own moves here
+    assert len(answers) >= 2 and set(answers) == {204}
+    assert page.locator("#progress").get_attribute("data-mark") == "kept"
+    with site.world.writer.begin() as tx:
+        tx.explain([(SID, Wait(2, None, ()), 1.0)])
+    expect(page.locator("#progress")).to_contain_text("You are 2nd")
+    expect(page.locator("[aria-current=step] .after")).to_have_text("1 s…")
+
+
 def test_what_can_be_expected_stands_beside_each_machine_and_is_asked_once(browser: Browser, site: Site) -> None:
     site.world.forecast = Forecast(Outlook.WAITS, place=3, estimate_s=700.0, verdicts=(SHORT,))
     page = site.page(browser, "alice")

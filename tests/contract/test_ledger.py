@@ -189,8 +189,11 @@ def test_queue_place_verdicts_and_lists(writer: Writer, reader: Reader) -> None:
             tx.add(session)
         tx.explain([(sessions[1].sid, Wait(1, 90.0, (verdict,)), 12.5)])
         tx.save(sessions[0], ended, Event.GIVE_UP)
-    waits = [reader.wait(s.sid) for s in sessions]
-    assert waits == [None, Wait(1, 90.0, (verdict,)), Wait(None, None, ())]
+    waits = [None, Wait(1, 90.0, (verdict,)), Wait(None, None, ())]
+    assert [reader.watched(s.sid) for s in sessions] == [
+        (reader.session(s.sid), wait) for s, wait in zip(sessions, waits, strict=True)
+    ]
+    assert reader.watched("f" * 32) is None
     assert [s.sid for s in reader.of_user("zoë")] == [s.sid for s in reversed(sessions)]
     assert reader.known([sessions[0].sid, "f" * 32]) == {sessions[0].sid}
     assert len(reader.recent()) == 3
