@@ -92,7 +92,11 @@ class Starter:
         image = self._images.path(start.sha256)
         paths = self.paths(start.sid, image)
         found = mounts(self._config.volumes, start.machine, start.user)
-        await asyncio.to_thread(self._check, found)
+        try:
+            async with asyncio.timeout(self._config.ready_s):
+                await asyncio.to_thread(self._check, found)
+        except TimeoutError:
+            raise LaunchError(Reason.VOLUME_UNAVAILABLE, "a volume's file system does not answer") from None
         uid = self._make_home(paths)
         disk = await self._disks.create(start.sid, image, start.sha256, start.format, start.resources.disk_gib)
         if uid is not None:

@@ -117,17 +117,15 @@ def ready(mount: Mount) -> None:
             ends.callback(os.close, base)
             if mount.entry:
                 if volume.create:
-                    _make(base, mount.entry, volume.owner)
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(mount.entry, 0o700, dir_fd=base)
                 folder = os.open(mount.entry, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=base)
-                os.close(folder)
+                ends.callback(os.close, folder)
+                # Still root's: just made, or by an agent that went no further.
+                if volume.create and os.fstat(folder).st_uid == 0:
+                    os.chown(mount.entry, volume.owner, volume.owner, dir_fd=base, follow_symlinks=False)
     except OSError as error:
         raise VolumeError(f"volume {volume.tag}: {mount.path}: {error.strerror}") from error
-
-
-def _make(base: int, name: str, owner: int) -> None:
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(name, 0o700, dir_fd=base)
-        os.chown(name, owner, owner, dir_fd=base, follow_symlinks=False)
 
 
 def told(mounts: Iterable[Mount]) -> str:

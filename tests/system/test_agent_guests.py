@@ -72,7 +72,9 @@ def test_a_guest_from_start_to_stop(host: Host) -> None:
             ended = await host.phase(SID, Phase.ENDED)
             assert (ended.outcome, ended.reason, ended.ran) == (Outcome.STOPPED, Reason.STOPPED_BY_USER, True)
             assert host.leftovers() == []
-            assert not [c for c in psutil.Process().children() if c.status() == psutil.STATUS_ZOMBIE]
+            children = psutil.Process().children
+            dead = lambda: [child for child in children() if child.status() == psutil.STATUS_ZOMBIE]  # noqa: E731
+            await host.until(lambda: not dead(), "passt to have ended as well")
 
     scenario(work)
 

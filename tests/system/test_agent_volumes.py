@@ -35,7 +35,7 @@ READ_AND_WRITE = """
 cat /mnt/course/note /mnt/tools/note
 for file in /mnt/course/new /mnt/tools/new; do echo x >$file || echo "refused $file"; done
 rm /mnt/course/note || echo "refused rm course"
-chmod 777 /mnt/tools/note || echo "refused chmod tools"
+chmod 700 /mnt/tools/note || echo "refused chmod tools"
 mkdir /home && mount -o move /mnt/home /home
 echo mine >/home/first && chown 1000:1000 /home/first
 ln -s ../../secret /home/link && ln -s /etc/shadow /home/shadow
@@ -64,6 +64,10 @@ def host(images: tuple[Path, Machine, Path]) -> Iterator[Host]:
         for name in ("course", "tools", "home"):
             (folder / name).mkdir()
             (folder / name / "note").write_text(f"from {name}\n")
+        for name in ("course", "tools"):  # so that nothing but read-only keeps guests from writing
+            for path in (folder / name, folder / name / "note"):
+                path.chmod(0o777)
+                os.chown(path, 300_000, 300_000)
         (folder / "secret").write_text("not for guests\n")
         yield Host(
             folder,
@@ -143,7 +147,7 @@ def test_a_guest_reads_shared_folders_and_keeps_its_person_s_own_one(
     assert sorted(path.name for path in (host.folder / "home").iterdir()) == sorted([component(USER), "note"])
     for name in ("course", "tools"):
         assert [path.name for path in (host.folder / name).iterdir()] == ["note"]
-        assert (host.folder / name / "note").stat().st_mode & 0o777 == 0o644
+        assert (host.folder / name / "note").stat().st_mode & 0o777 == 0o777
 
 
 def ended(host: Host, spawner: Spawn, before: Callable[[], object] = lambda: None) -> GuestReport:

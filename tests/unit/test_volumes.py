@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from marshmallow import ValidationError
 
+from deskfleet.agent import share
 from deskfleet.agent.settings import AgentSchema, AgentSettings
 from deskfleet.agent.volumes import Kind, Mount, Volume, VolumeError, component, mounts, ready, told
 
@@ -73,7 +75,7 @@ def test_a_folder_must_be_there_and_is_made_only_when_that_is_asked_for(tmp_path
     with pytest.raises(VolumeError, match=r"volume home: .*/ann: No such file"):
         ready(mount)
     assert not mount.path.exists()
-    (made,) = mounts([volume(f"{tmp_path}/{{user}}", create=True, owner=0)], "m", "ann")
+    (made,) = mounts([volume(f"{tmp_path}/{{user}}", create=True, owner=os.getuid())], "m", "ann")
     ready(made)
     assert mount.path.stat().st_mode & 0o777 == 0o700
     mount.path.chmod(0o750)
@@ -144,3 +146,15 @@ def test_a_bridge_is_named_where_it_is_used_and_there_alone(network: str, bridge
     with pytest.raises(ValidationError):
         agent(network=network, bridge=bridge)
     assert agent(network="bridge", bridge="br0").bridge == "br0"
+
+
+def test_a_file_server_is_known_by_its_guest_before_and_after_it_is_virtiofsd() -> None:
+    sid, other = "1" * 32, "2" * 32
+    (mount,) = mounts([volume()], "m", "a b")
+    line = share.command(sid, 7, mount)
+    assert line[1:] == ["-m", "deskfleet.agent.share", sid, "7", "300000", "rw", "/srv/home", "a%20b"]
+    for running in (line, [share.name_of(sid), "-f", "--fd=7"]):
+        assert share.serves(sid, running) and not share.serves(other, running)
+    assert not share.serves(sid, []) and not share.serves(sid, ["qemu-system-x86_64", "-uuid", sid])
+    (reading,) = mounts([volume("/srv/tools", read_only=True)], "m", "ann")
+    assert share.command(sid, 7, reading)[-3:] == ["ro", "/srv/tools", ""]
