@@ -191,8 +191,9 @@ def test_french_pages_say_sentences_with_figures_in_french(app: Flask) -> None:
 
 def test_the_audit_stays_english(app: Flask, world: World) -> None:
     boss = speaking(signed_in(app, ADMIN), "fr")
-    assert boss.post(f"/desktops/{RUNNING}/extend").status_code == 303
-    assert world.portal.audit.newest(1)[0].detail == f"to 2 h, of {PERSON}"
+    world.session("e" * 32, PERSON, lifetime_s=25 * 3600)
+    assert boss.post(f"/desktops/{'e' * 32}/extend").status_code == 303
+    assert world.portal.audit.newest(1)[0].detail == f"to 1 day 2 h, of {PERSON}"
 
 
 def known(text: str) -> bool:
