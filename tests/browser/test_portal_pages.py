@@ -308,7 +308,16 @@ def test_no_hostile_name_becomes_more_than_text_on_any_page(browser: Browser, si
         f"progress/{waiting.sid}",
         f"desktop/{SID}",
     )
-    for path in (*paths, "admin/", "admin/hosts/h1", "admin/audit", "nothing"):
+    for path in (
+        *paths,
+        "admin/",
+        "admin/hosts/h1",
+        "admin/audit",
+        "admin/sessions",
+        "admin/people",
+        "admin/machines",
+        "nothing",
+    ):
         page.goto(f"{site.url}/{path}")
         if path == "launch":
             expect(page.locator(".outlook")).to_contain_text(HOSTILE)
@@ -335,6 +344,11 @@ def test_every_page_fits_a_phone(browser: Browser, site: Site, scheme: str) -> N
         "admin/",
         "admin/hosts/h1",
         "admin/audit",
+        "admin/sessions",
+        "admin/people",
+        "admin/machines",
+        "admin/queues/",
+        "admin/health",
     )
     for path in paths:
         page.goto(f"{site.url}/{path}")

@@ -184,6 +184,13 @@ def test_c42_a_stolen_bundle_commands_no_other_host_and_no_service(site: Site) -
         assert (waiting.messages, waiting.consumers) == (1, 0)
 
 
+def test_the_manual_says_the_portals_rights_as_they_are() -> None:
+    services = rights.services(dict.fromkeys(("scheduler", "portal", "proxy"), SECRET))
+    (ours,) = [right for right in services["permissions"] if right["user"] == "portal"]
+    command = "rabbitmqctl set_permissions portal '{configure}' '{write}' '{read}'".format(**ours)
+    assert command in (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+
+
 def test_dead_letters_are_the_portals_to_take_and_to_send_again(site: Site) -> None:
     """The portal's rights are enough for its dead letters: to take one, and to put it back where it came from."""
     portal = f"amqp://portal:{SECRET}@127.0.0.1:{site.broker.port}/%2F"

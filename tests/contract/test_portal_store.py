@@ -17,12 +17,15 @@ from support.postgres import PrivatePostgres
 from deskfleet.ledger.engine import check_revision, migrate, open_engine
 from deskfleet.portal import tables
 from deskfleet.portal.accounts import AccountError
+from deskfleet.portal.audit import question
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.outbox import Stage
 from deskfleet.portal.store import Store, StoreError
 from deskfleet.portal.throttle import counters
+from deskfleet.runtime.bus import Outgoing
 from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.session import Resources
+from deskfleet.schemas.topology import DEAD
 
 T = TypeVar("T")
 SID = "a" * 32
@@ -133,6 +136,29 @@ def test_portals_that_sweep_at_once_send_each_request_once(world: World) -> None
     assert len(world.sent()) == 20
     for other in others:
         other.store.close()
+
+
+def test_dead_letters_are_kept_whatever_is_in_them_and_told_apart(world: World) -> None:
+    for body in (b"\x00\xff", b'{"sid": "%s"}' % SID.encode()):
+        world.bus.publish(Outgoing(DEAD, "", "a\0b", body)).result(0)
+        world.broker.duplicate(DEAD)
+        while world.broker.deliver_one(DEAD):
+            pass
+    second, first = world.portal.letters.newest()
+    assert (first.body, first.sid, second.sid) == (b"\x00\xff", "", SID) and second.number > first.number
+    assert world.portal.letters.newest(before=second.number) == [first]
+    assert world.portal.letters.discard_all(first.number) == 1 == world.portal.letters.count()
+
+
+def test_the_trail_is_searched_alike(world: World) -> None:
+    for target in ("100%", "100x", "a_b", "aXb"):
+        world.portal.audit.note("alice", "-", "launch", target)
+    for sought, found in (("0%", ["100%"]), ("_", ["a_b"]), ("\0", ["aXb", "a_b", "100x", "100%"])):
+        which = question({"text": sought, "since": "2000-01-01"})
+        assert [entry.target for entry in world.portal.audit.newest(9, which)] == found
+    assert world.portal.audit.actions() == ["launch"]
+    world.portal.logins.open(Identity("alice", "local"), 60)
+    assert world.portal.logins.now() == {"alice": 1}
 
 
 def test_stop_and_confirm_at_once_end_in_cancelled(world: World) -> None:
