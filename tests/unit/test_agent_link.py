@@ -85,6 +85,9 @@ class Stage:
     def monotonic(self) -> float:
         return self.now
 
+    def wall(self) -> float:
+        return self.now
+
     def _hear(self, delivery: Delivery) -> None:
         assert (delivery.sender, delivery.routing_key) == ("agent-h1", "host.h1.heartbeat")
         self.heard.append(decode(delivery.type, delivery.body))

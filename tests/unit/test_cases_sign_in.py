@@ -16,7 +16,7 @@ from support.portals import PASSWORD, Browser, World, settings, signed_in
 from deskfleet.portal.app import create_app
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.cli_local import _values
-from deskfleet.portal.methods import build
+from deskfleet.portal.methods import Answers, build
 from deskfleet.schemas.session import State
 
 SID = "b" * 32
@@ -125,12 +125,12 @@ def test_c07_in_clear_only_by_a_word_that_says_so_and_it_is_logged(
     with pytest.raises(ValidationError, match="can be read on the way"):
         settings(**{kind: plain})
     loaded = settings(auth=[kind], **{kind: plain | {"insecure": True}})
-    counts = world.portal.counts.logins
-    build(loaded, world.portal.accounts, world.portal.store, world.clock, None, counts)
+    answers = Answers(world.portal.counts.logins, world.clock)
+    build(loaded, world.portal.accounts, world.portal.store, world.clock, None, answers)
     assert f"insecure: passwords go in clear to a server of [portal.{kind}]" in caplog.text
     caplog.clear()
     local = settings(auth=[kind], **{kind: plain | {"servers": [f"{kind}://localhost"]}})
-    build(local, world.portal.accounts, world.portal.store, world.clock, None, counts)
+    build(local, world.portal.accounts, world.portal.store, world.clock, None, answers)
     assert caplog.text == ""
 
 
