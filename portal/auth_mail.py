@@ -11,6 +11,7 @@ import imaplib
 import smtplib
 import socket
 import ssl
+from abc import ABC, abstractmethod
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ _NOT_NOW = ("[UNAVAILABLE]", "[SERVERBUG]", "[INUSE]", "[LIMIT]", "[CONTACTADMIN
 _SMTP_YES, _SMTP_NO = 235, 535
 
 
-class _Mailboxes:
+class _Mailboxes(ABC):
     """What both have in common: whose name it is, which server, how long."""
 
     name = ""
@@ -82,14 +83,17 @@ class _Mailboxes:
             finally:
                 self._end(ready)
 
+    @abstractmethod
     def _begin(self, endpoint: Endpoint, deadline: Deadline) -> Any:
-        raise NotImplementedError
+        """Connect, encrypt, and see what the server offers."""
 
+    @abstractmethod
     def _try(self, ready: Any, plain: str) -> WrongPassword | Unavailable | None:
-        raise NotImplementedError
+        """Give it the credentials (SASL PLAIN)."""
 
+    @abstractmethod
     def _end(self, ready: Any) -> None:
-        raise NotImplementedError
+        """Hang up."""
 
 
 class Imap(_Mailboxes):
