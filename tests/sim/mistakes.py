@@ -195,7 +195,7 @@ MISTAKES: dict[str, tuple[Patch, ...]] = {
         patch("agent.core:Agent.tick", ("now - e.ended_at > (REMEMBER_RUN_S if e.ran else REMEMBER_S)", "True")),
     ),
     # the portal
-    "sent counts as known": (patch("portal.outbox:_is_open", ("in_(OPEN)", "in_((Stage.STORED,))")),),
+    "sent counts as known": (patch("portal.outbox:_is_open", ("for stage in OPEN", "for stage in (Stage.STORED,)")),),
     "a repeat has an id of its own": (
         patch(
             "portal.outbox:Outbox.sweep",
