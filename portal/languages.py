@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from io import BytesIO
 from pathlib import Path
 
+from babel import Locale
 from babel.messages.mofile import write_mo
 from babel.messages.pofile import read_po
 from babel.support import NullTranslations, Translations
@@ -58,7 +59,13 @@ def catalogue(language: str) -> NullTranslations:
 def language() -> str:
     """The language of the answer that is being written; English when none is."""
     locale = get_locale()
-    return str(locale) if locale else ENGLISH
+    return _name(locale) if locale else ENGLISH
+
+
+@lru_cache
+def _name(locale: Locale) -> str:
+    """Its tag, which babel composes anew each time; every text asks for it."""
+    return str(locale)
 
 
 def choose(chosen: str | None, accepted: Sequence[str], offered: Sequence[str], default: str) -> str:
