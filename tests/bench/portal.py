@@ -134,6 +134,8 @@ def shown(port: int, polls: list[tuple[str, str]]) -> list[tuple[str, str]]:
 async def poll(port: int, path: str, cookie: str, begin: float, until: float, waits: list[float]) -> int:
     """One person who polls until a moment; how many answers were the whole part."""
     loop = asyncio.get_running_loop()
+    # As a browser does, not before there is something to ask: a thread of gunicorn waits for the first line.
+    await asyncio.sleep(max(0.0, begin - loop.time()))
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     end = f" HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: {cookie}\r\nHX-Request: true\r\n\r\n"
     due, whole = begin, 0
