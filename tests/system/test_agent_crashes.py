@@ -78,7 +78,8 @@ class Life:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # a message that it died before reading is flushed here
+                pipe.close()
 
 
 class Scheduler:
