@@ -4,8 +4,9 @@ No value that a person typed reaches these lists: sizes are numbers, names are i
 are checked by pattern before they come here. Block devices are JSON and commas in other paths are doubled, so nothing
 in a path can become an option.
 
-The device list depends on machine, size and volumes alone, because a guest can only be restored from saved memory with
-the very devices that it was saved with. Facts about qemu 7.2 behind the choices:
+A guest can only be restored from saved memory with the very devices that it was saved with. So a template is made, and
+a fork started, with what all forks have in common (Frozen); what is a person's own (network card, clipboard, volumes,
+further CPUs and memory) is plugged in later, into ports that are there for it. Facts about qemu 7.2 behind the choices:
 - the seccomp sandbox forbids -daemonize and -runas, so qemu runs in the foreground of a session of its own;
 - a QMP socket serves one client and lets a second one hang, so there is one for the agent and one for rescue;
 - a file server for the guest (vhost-user) must be given the guest's memory, so that is then a shared memfd;
@@ -89,9 +90,36 @@ class Paths:
         return self.run / "qemu.log"
 
 
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """That a guest is a template in the making (`disk` is None) or a fork of one. `memory` is the open file that is its
+    memory: its own with `shared`, else what it writes is its own. `disk` is the frozen overlay under a fork's. Sizes in
+    MiB; `most_*` is what it can grow to, `ports` how many devices can be plugged in."""
+
+    memory: int
+    shared: bool
+    cpus: int
+    memory_mib: int
+    most_cpus: int
+    most_memory_mib: int
+    ports: int
+    disk: Path | None = None
+
+
+#: The ports of a guest that devices are plugged into, the network card's first.
+PORT = "port{}"
+#: How often memory can be added.
+SLOTS = 4
+
+
 def uuid_of(sid: str) -> str:
     """A session's id as the UUID on its qemu's command line; a process is only ever killed after it matched."""
     return str(UUID(sid))
+
+
+def hostname(sid: str) -> str:
+    """What a guest is called."""
+    return f"desk-{sid[:8]}"
 
 
 def mac_of(sid: str) -> str:
@@ -110,11 +138,12 @@ def qemu(
     mounts: Sequence[Mount] = (),
     huge: bool = False,
     roms: Mapping[str, str] | None = None,
+    frozen: Frozen | None = None,
     binary: str = "qemu-system-x86_64",
 ) -> list[str]:
     """qemu's argument list. `network_fd` is qemu's end of the socket pair to passt, or a tap device's; None for no
     network. `huge` takes the memory from huge pages; `roms` are files for functions of the GPU, by address, and ""
-    hides a function's own."""
+    hides a function's own. `frozen`: a template, or a fork that waits for its state."""
     want = start.resources
     shared = any(mount.volume.kind is Kind.VIRTIOFS for mount in mounts)
     return [
@@ -131,9 +160,7 @@ def qemu(
         accel,
         "-cpu",
         _cpu(start.os, accel),
-        "-smp",
-        f"cpus={want.cpus}",
-        *_memory(want.memory_mib, huge=huge, shared=shared),
+        *(_frozen(frozen) if frozen else _size(want.cpus, want.memory_mib, huge=huge, shared=shared)),
         "-machine",
         f"{MACHINE_TYPE},memory-backend=ram",
         "-rtc",
@@ -152,12 +179,13 @@ def qemu(
         "-fw_cfg",
         f"name=opt/deskfleet/sid,string={start.sid}",
         "-fw_cfg",
-        f"name=opt/deskfleet/hostname,string=desk-{start.sid[:8]}",
+        f"name=opt/deskfleet/hostname,string={hostname(start.sid)}",
         *_firmware(start, paths),
-        *_disks(start, paths),
-        *_devices(start, paths),
-        *_network(start, network_fd, tap=tap),
-        *_volumes(paths, mounts),
+        *_disks(start, paths, frozen.disk if frozen else None),
+        *_devices(start, paths, frozen),
+        *(_ports(frozen) if frozen else []),
+        *_network(start, network_fd, tap=tap, plugged=frozen is None),
+        *_volumes(paths, mounts, plugged=frozen is None),
         *_gpus(start, roms or {}),
     ]
 
@@ -178,7 +206,26 @@ def memory_mib(wanted: int, *, huge: bool) -> int:
     return -(-wanted // HUGE_PAGE_MIB) * HUGE_PAGE_MIB if huge else wanted
 
 
-def _memory(wanted: int, *, huge: bool, shared: bool) -> list[str]:
+def _frozen(frozen: Frozen) -> list[str]:
+    share = "on" if frozen.shared else "off"
+    return [
+        "-smp",
+        f"cpus={frozen.cpus},maxcpus={frozen.most_cpus}",
+        "-m",
+        f"size={frozen.memory_mib}M,slots={SLOTS},maxmem={frozen.most_memory_mib}M",
+        "-object",
+        # By the descriptor: the file has no name, and its writers are none (templates.py).
+        f"memory-backend-file,id=ram,size={frozen.memory_mib}M,mem-path=/proc/self/fd/{frozen.memory},share={share}",
+        *(["-incoming", "defer"] if frozen.disk else []),
+    ]
+
+
+def _ports(frozen: Frozen) -> list[str]:
+    ports = (f"pcie-root-port,id={PORT.format(n)},chassis={n + 2}" for n in range(frozen.ports))
+    return [word for port in ports for word in ("-device", port)]
+
+
+def _size(cpus: int, wanted: int, *, huge: bool, shared: bool) -> list[str]:
     # Pages of a memfd are promised when it is mapped, so a guest that lacks some fails at its start and never later.
     kind = "memory-backend-memfd" if huge or shared else "memory-backend-ram"
     if huge:
@@ -186,7 +233,7 @@ def _memory(wanted: int, *, huge: bool, shared: bool) -> list[str]:
     if shared:
         kind += ",share=on"
     size = memory_mib(wanted, huge=huge)
-    return ["-m", f"size={size}M", "-object", f"{kind},id=ram,size={size}M"]
+    return ["-smp", f"cpus={cpus}", "-m", f"size={size}M", "-object", f"{kind},id=ram,size={size}M"]
 
 
 def _blockdev(**options: object) -> list[str]:
@@ -200,7 +247,7 @@ def _firmware(start: VmStart, paths: Paths) -> list[str]:
     return ["-drive", f"{pflash}0,readonly=on,file={OVMF_CODE}", "-drive", f"{pflash}1,file={plain(paths.vars)}"]
 
 
-def _disks(start: VmStart, paths: Paths) -> list[str]:
+def _disks(start: VmStart, paths: Paths, frozen: Path | None) -> list[str]:
     image = {"driver": "file", "filename": str(paths.image)}
     disk: dict[str, object] = {
         "driver": "qcow2",
@@ -219,6 +266,9 @@ def _disks(start: VmStart, paths: Paths) -> list[str]:
         if start.format in (Format.QCOW2, Format.VMDK):
             backing["backing"] = None
         disk["backing"] = backing
+    if frozen:
+        layer = {"driver": "qcow2", "read-only": True, "file": {"driver": "file", "filename": str(frozen)}}
+        disk["backing"] = {**layer, "backing": disk["backing"]}
     fast = start.drivers is Drivers.VIRTIO
     device = "virtio-blk-pci,drive=disk" if fast else "ide-hd,drive=disk,bus=ide.0"  # the AHCI of the board
     return [*_blockdev(**disk), "-device", f"{device},bootindex=1,werror=enospc,rerror=report", *cd]
@@ -228,10 +278,11 @@ def _driver(image: Format) -> str:
     return {Format.VDI: "vdi", Format.VMDK: "vmdk", Format.RAW: "raw"}.get(image, "qcow2")
 
 
-def _devices(start: VmStart, paths: Paths) -> list[str]:
+def _devices(start: VmStart, paths: Paths, frozen: Frozen | None) -> list[str]:
     devices = ["-device", _VIDEO[start.video], "-device", "virtio-balloon-pci", "-device", "vmgenid,guid=auto"]
     if start.os is Os.OTHER:
         return devices  # PS/2 keyboard and the VMware mouse port are on the board, and say where the pointer is
+    making = frozen is not None and frozen.disk is None
     # Windows has no driver of its own for a virtio pointer, whatever was installed for disk and network.
     virtio = start.os is Os.LINUX and start.drivers is Drivers.VIRTIO
     tablet = "virtio-tablet-pci" if virtio else "usb-tablet,bus=usb.0"
@@ -248,40 +299,57 @@ def _devices(start: VmStart, paths: Paths) -> list[str]:
         f"socket,id=qga,path={plain(paths.guest_agent)},server=on,wait=off",
         "-device",
         "virtserialport,chardev=qga,name=org.qemu.guest_agent.0",
-        "-chardev",
-        "qemu-vdagent,id=vdagent,name=vdagent,clipboard=on,mouse=off",
-        "-device",
-        "virtserialport,chardev=vdagent,name=com.redhat.spice.0",
+        # While it is there, qemu saves no state.
+        *(["-chardev", "qemu-vdagent,id=vdagent,name=vdagent,clipboard=on,mouse=off"] if not making else []),
+        *(_option(CLIPBOARD) if frozen is None else []),
     ]
 
 
-def _network(start: VmStart, network_fd: int | None, *, tap: bool) -> list[str]:
+Device = dict[str, str]
+"""A device by its properties, as QMP's device_add takes them and as the command line does."""
+
+CLIPBOARD: Device = {"driver": "virtserialport", "chardev": "vdagent", "name": "com.redhat.spice.0"}
+
+
+def _option(device: Device) -> list[str]:
+    driver, *properties = (value if key == "driver" else f"{key}={value}" for key, value in device.items())
+    return ["-device", ",".join([driver, *properties])]
+
+
+def card(start: VmStart) -> Device:
+    """A guest's network card."""
+    driver = "virtio-net-pci" if start.drivers is Drivers.VIRTIO else "e1000e"
+    # No option ROM: nobody boots from the network, and loading it costs boot time.
+    return {"driver": driver, "netdev": "net", "mac": mac_of(start.sid), "romfile": ""}
+
+
+def volume(mount: Mount, number: int) -> Device:
+    """The device by which a guest sees a volume."""
+    if mount.volume.kind is Kind.NINE_P:
+        return {"driver": "virtio-9p-pci", "fsdev": f"fs{number}", "mount_tag": mount.volume.tag}
+    return {"driver": "vhost-user-fs-pci", "chardev": f"fs{number}", "tag": mount.volume.tag}
+
+
+def _network(start: VmStart, network_fd: int | None, *, tap: bool, plugged: bool) -> list[str]:
     if network_fd is None:
         return []
     stream = f"stream,id=net,server=off,addr.type=fd,addr.str={network_fd}"
-    card = "virtio-net-pci" if start.drivers is Drivers.VIRTIO else "e1000e"
-    return [
-        "-netdev",
-        f"tap,id=net,fd={network_fd}" if tap else stream,
-        "-device",
-        # No option ROM: nobody boots from the network, and loading it costs boot time.
-        f"{card},netdev=net,mac={mac_of(start.sid)},romfile=",
-    ]
+    netdev = f"tap,id=net,fd={network_fd}" if tap else stream
+    return ["-netdev", netdev, *(_option(card(start)) if plugged else [])]
 
 
-def _volumes(paths: Paths, mounts: Sequence[Mount]) -> list[str]:
+def _volumes(paths: Paths, mounts: Sequence[Mount], *, plugged: bool) -> list[str]:
     if not mounts:
         return []
-    arguments = ["-fw_cfg", f"name=opt/deskfleet/mounts,string={told(mounts).replace(',', ',,')}"]
+    arguments = ["-fw_cfg", f"name=opt/deskfleet/mounts,string={told(mounts).replace(',', ',,')}"] if plugged else []
     for number, mount in enumerate(mounts):
-        tag = mount.volume.tag
         if mount.volume.kind is Kind.NINE_P:
             # Modes and owners as they are, for a guest that can change none of them.
             local = f"local,id=fs{number},path={plain(mount.path)},security_model=none,multidevs=remap,readonly=on"
-            arguments += ["-fsdev", local, "-device", f"virtio-9p-pci,fsdev=fs{number},mount_tag={tag}"]
+            arguments += ["-fsdev", local]
         else:
-            arguments += ["-chardev", f"socket,id=fs{number},path={plain(paths.share(tag))}"]
-            arguments += ["-device", f"vhost-user-fs-pci,chardev=fs{number},tag={tag}"]
+            arguments += ["-chardev", f"socket,id=fs{number},path={plain(paths.share(mount.volume.tag))}"]
+        arguments += _option(volume(mount, number)) if plugged else []
     return arguments
 
 

@@ -26,6 +26,7 @@ from deskfleet.schemas.messages import (
     VmStop,
 )
 from deskfleet.schemas.session import Outcome
+from deskfleet.schemas.template import Birth
 
 log = logging.getLogger(__name__)
 
@@ -251,11 +252,11 @@ class Agent:
 
     # --- news from the hypervisor ---------------------------------------------------------------------------
 
-    def ready(self, sid: str) -> None:
+    def ready(self, sid: str, birth: Birth = Birth.BOOTED) -> None:
         """The guest's display answers."""
         entry = self._entries.get(sid)
         if entry and entry.phase is Phase.STARTING:
-            self._save(replace(entry, phase=Phase.RUNNING, ran=True, ready_at=self._now()))
+            self._save(replace(entry, phase=Phase.RUNNING, ran=True, ready_at=self._now(), birth=birth))
             self._watch.setdefault(sid, Watch()).empty_since = self._now()
 
     def failed(self, sid: str, reason: Reason, detail: str) -> None:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from deskfleet.agent import argv as build
 from deskfleet.agent import devices, stalls
+from deskfleet.agent.display import until_it_greets
+from deskfleet.agent.forks import Forks
 from deskfleet.agent.guest_agent import GuestAgent, GuestAgentError, guest_agent
 from deskfleet.agent.images import DiskError, Disks, ImageIndex
 from deskfleet.agent.journal import Entry
@@ -21,10 +23,11 @@ from deskfleet.agent.lending import GpuLending
 from deskfleet.agent.processes import Process, Spawn, arguments, end_tasks, find, option, pids
 from deskfleet.agent.qmp import Monitor, MonitorError, monitor
 from deskfleet.agent.starter import Config, LaunchError, Starter, last_words
-from deskfleet.schemas.errors import Reason
+from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.host import Phase
 from deskfleet.schemas.machine import Os
 from deskfleet.schemas.messages import VmStart
+from deskfleet.schemas.template import Birth
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ log = logging.getLogger(__name__)
 class News(Protocol):
     """Who hears of the guests (agent/core.py)."""
 
-    def ready(self, sid: str) -> None: ...
+    def ready(self, sid: str, birth: Birth) -> None: ...
 
     def failed(self, sid: str, reason: Reason, detail: str) -> None: ...
 
@@ -57,10 +60,14 @@ class _Guest:
     returning: asyncio.Task[None] | None = None
     monitor: Monitor | None = None
     inside: GuestAgent | None = None
+    start: VmStart | None = None
+    #: A fork that is not one of its own yet.
+    unfinished: bool = False
 
 
 class QemuHypervisor:
-    """The hypervisor of agent/core.py, for real. `news` must be set before the first call."""
+    """The hypervisor of agent/core.py, for real. `news` must be set before the first call; all guests are booted
+    unless `forks` was given templates."""
 
     news: News
 
@@ -70,7 +77,8 @@ class QemuHypervisor:
         self._config = config
         self._lending = lending
         self._disks = disks
-        self._starter = Starter(config, images, disks, spawn)
+        self.starter = Starter(config, images, disks, spawn)
+        self.forks = Forks(self.starter, disks, config)
         self._loop = asyncio.get_running_loop()
         self._guests: dict[str, _Guest] = {}
 
@@ -79,7 +87,7 @@ class QemuHypervisor:
     def launch(self, entry: Entry) -> None:
         """Start a guest; the answer is `ready` or `failed`."""
         assert entry.start is not None
-        guest = self._guests[entry.sid] = _Guest(self._starter.paths(entry.sid), launching=True)
+        guest = self._guests[entry.sid] = _Guest(self.starter.paths(entry.sid), launching=True, start=entry.start)
         self._note_gpu(guest, entry.start)
         self._task(guest, self._launch(guest, entry.start))
 
@@ -91,8 +99,7 @@ class QemuHypervisor:
     async def _launch(self, guest: _Guest, start: VmStart) -> None:
         sid = start.sid
         try:
-            self._hold(sid, guest, await self._starter.start(start))
-            await self._until_ready(guest)
+            birth = await self._bring_up(sid, guest, start)
         except (DiskError, LaunchError) as error:
             await self._give_up(sid, guest, error)
         except OSError as error:
@@ -100,8 +107,36 @@ class QemuHypervisor:
             self._over(sid, guest, lambda: self.news.failed(sid, Reason.SPAWN_FAILED, detail))
         else:
             guest.launching = False
-            self.news.ready(sid)
+            self.news.ready(sid, birth)
             await self._attend(sid, guest)
+
+    async def _bring_up(self, sid: str, guest: _Guest, start: VmStart) -> Birth:
+        """Fork it from a template, or boot it; whatever is wrong with a template, it is booted then."""
+        template, birth = self.forks.lend(start)
+        if template:
+            try:
+                self._hold(sid, guest, await self.starter.fork(start, template))
+                guest.unfinished = True
+                await self.forks.wake(start, template, guest.ended)
+            except (DeskfleetError, OSError) as error:
+                self.forks.failed(start, error)
+                await self._undo(sid, guest)
+                birth = Birth.FORK_FAILED
+            else:
+                return birth
+        self._hold(sid, guest, await self.starter.start(start))
+        await self._until_ready(guest)
+        return birth
+
+    async def _undo(self, sid: str, guest: _Guest) -> None:
+        """Remove what was begun of a guest, so that it can begin again."""
+        if guest.process:
+            guest.process.kill()
+            await guest.ended.wait()
+        self.starter.clear(sid)
+        shutil.rmtree(guest.paths.run, ignore_errors=True)
+        self._disks.remove(sid)
+        guest.process, guest.ended, guest.unfinished = None, asyncio.Event(), False
 
     def _hold(self, sid: str, guest: _Guest, process: Process) -> None:
         guest.process = process
@@ -140,14 +175,9 @@ class QemuHypervisor:
             devices.take_back({folder.stat().st_uid}, self._config.dev)
 
     async def _until_ready(self, guest: _Guest) -> None:
-        """Wait for the display: an RFB server speaks first, and says its version (RFC 6143, 7.1.1)."""
         try:
-            async with asyncio.timeout(self._config.ready_s):
-                while not guest.ended.is_set():
-                    if await _greets(guest.paths.vnc):
-                        return
-                    # The socket appears between two system calls of qemu; 2 ms of a 50 ms start is a fair grain.
-                    await asyncio.sleep(0.002)
+            if await until_it_greets(guest.paths.vnc, guest.ended, self._config.ready_s):
+                return
         except TimeoutError:
             raise LaunchError(Reason.START_TIMEOUT, f"no display within {self._config.ready_s:g} s") from None
         raise LaunchError(Reason.QEMU_EXITED, last_words(guest.paths))
@@ -163,6 +193,8 @@ class QemuHypervisor:
                     with qemu.events("VNC_CONNECTED", "VNC_INITIALIZED", "VNC_DISCONNECTED", "STOP") as events:
                         await self._count(sid, qemu)
                         self._task(guest, self._see_through(sid, guest, qemu))
+                        if guest.unfinished and guest.start:
+                            self._task(guest, self._introduce(guest, guest.start, qemu, inside))
                         async for name in events:
                             await self._count(sid, qemu)
                             if name == "STOP":
@@ -184,6 +216,11 @@ class QemuHypervisor:
             except MonitorError as error:
                 log.info("%s: %s", sid, error)
                 await asyncio.sleep(1.0)
+
+    async def _introduce(self, guest: _Guest, start: VmStart, qemu: Monitor, inside: GuestAgent | None) -> None:
+        """Make a fork one of its own."""
+        here = lambda: guest.monitor is qemu  # noqa: E731  else it is done at the next connection
+        guest.unfinished = not await self.forks.introduce(start, qemu, inside, here, self.news.says)
 
     async def _count(self, sid: str, qemu: Monitor) -> None:
         self.news.viewers(sid, await qemu.viewers())
@@ -262,12 +299,12 @@ class QemuHypervisor:
 
     def adopt(self, entry: Entry) -> bool:
         """Take over a guest of a former agent."""
-        paths = self._starter.paths(entry.sid)
+        paths = self.starter.paths(entry.sid)
         process = find(lambda _, line: self._sid_of(line) == entry.sid)
         if process is None:
             return False
-        guest = self._guests[entry.sid] = _Guest(paths)
-        guest.launching = not entry.ran
+        guest = self._guests[entry.sid] = _Guest(paths, launching=not entry.ran, start=entry.start)
+        guest.unfinished = "-incoming" in arguments(process.pid)
         if entry.start:
             self._note_gpu(guest, entry.start)
         self._hold(entry.sid, guest, process)
@@ -279,13 +316,18 @@ class QemuHypervisor:
         return True
 
     async def _resume(self, sid: str, guest: _Guest) -> None:
+        start = guest.start
+        if guest.unfinished and start and not await self.forks.woke(start):
+            await self._undo(sid, guest)
+            await self._launch(guest, start)
+            return
         try:
             await self._until_ready(guest)
         except LaunchError as error:
             await self._give_up(sid, guest, error)
         else:
             guest.launching = False
-            self.news.ready(sid)
+            self.news.ready(sid, Birth.FORKED if guest.unfinished else Birth.BOOTED)
             await self._attend(sid, guest)
 
     async def _give_up(self, sid: str, guest: _Guest, error: LaunchError | DiskError) -> None:
@@ -334,7 +376,7 @@ class QemuHypervisor:
             if stray:
                 stray.kill()
                 os.close(stray.pidfd)
-        self._starter.clear(sid)
+        self.starter.clear(sid)
         self._take_back(sid)
         shutil.rmtree(self._config.run / sid, ignore_errors=True)
         if self._config.inputs:
@@ -355,24 +397,4 @@ class QemuHypervisor:
 
     def leftovers(self) -> set[str]:
         """The sids that have files here."""
-        return {path.name for path in self._config.run.iterdir()} | self._disks.present() | self._starter.left()
-
-
-async def _greets(path: Path) -> bool:
-    """Whether an RFB server greets on this socket."""
-    try:
-        reader, writer = await asyncio.open_unix_connection(str(path))
-    except OSError:
-        return False
-    try:
-        return (await reader.readexactly(12)).startswith(b"RFB ")
-    except (asyncio.IncompleteReadError, OSError):
-        return False
-    finally:
-        await _close(writer)
-
-
-async def _close(writer: asyncio.StreamWriter) -> None:
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
+        return {path.name for path in self._config.run.iterdir()} | self._disks.present() | self.starter.left()

@@ -201,18 +201,28 @@ class Disks:
             facts = await asyncio.to_thread(_header, image, image_format)
             if not template.exists():
                 await self._make(template, sid, image, facts, gib)
-            shutil.copyfile(template, disk)
-            disk.chmod(0o600)
         except ImageRefused as refused:
             raise DiskError(Reason.IMAGE_BAD, f"{image.name}: {refused.fault}: {refused}") from None
         except OSError as error:
+            raise _no_disk(error, disk) from error
+        return self.copy(sid, template)
+
+    def copy(self, sid: str, blank: Path) -> Path:
+        """Make the overlay of a guest as a copy of an empty one.
+
+        Raises:
+            DiskError: no space.
+        """
+        disk = self.path(sid)
+        try:
+            return Path(shutil.copyfile(blank, disk))
+        except OSError as error:
             disk.unlink(missing_ok=True)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = Reason.NO_SPACE if full else Reason.SPAWN_FAILED
-            raise DiskError(
-                reason, f"the disk can't be made: {error.filename or disk.name}: {error.strerror}"
-            ) from error
-        return disk
+            raise _no_disk(error, disk) from error
+
+    async def layer(self, below: Path, overlay: Path, size: int) -> None:
+        """Make an empty overlay of `size` bytes on top of another. Raises DiskError."""
+        await _qemu_img("create", "-q", "-f", "qcow2", "-u", "-b", str(below), "-F", "qcow2", str(overlay), str(size))
 
     async def _make(self, template: Path, sid: str, image: Path, facts: Facts, gib: int) -> None:
         # Two first launches of one image may be here at once: each makes its own, the later rename wins.
@@ -229,9 +239,29 @@ class Disks:
         temporary.rename(template)
 
     def virtual_size(self, sid: str) -> int:
-        """How large a guest's disk is for the guest, in bytes: from its qcow2 header (QEMU, interop/qcow2: byte 24)."""
-        with self.path(sid).open("rb") as file:
-            return int.from_bytes(file.read(32)[24:])
+        """How large a guest's disk is for the guest, in bytes."""
+        return _virtual_size(_head(self.path(sid)))
+
+    def freeze(self, sid: str, image: Path, target: Path) -> int:
+        """Make a guest's overlay a file of ours that is not written to any more; how large it is for a guest, in bytes.
+
+        Raises:
+            DiskError: it is not what was given to the guest's qemu: it names other files than its image.
+            OSError: it can't be moved.
+        """
+        disk = self.path(sid)
+        head = _head(disk)
+        named, length = int.from_bytes(head[8:16]), int.from_bytes(head[16:20])
+        with disk.open("rb") as file:
+            file.seek(named)
+            backing = file.read(min(length, 1024)) if named else bytes(image.resolve())
+        # Version 3, no feature that must be understood: an external data file is one (QEMU, interop/qcow2).
+        if head[:8] != b"QFI\xfb\0\0\0\3" or any(head[72:80]) or backing != bytes(image.resolve()):
+            raise DiskError(Reason.IMAGE_BAD, "the disk is not what the guest was given")
+        disk.rename(target)
+        os.chown(target, os.geteuid(), os.getegid())
+        target.chmod(0o444)
+        return _virtual_size(head)
 
     def free(self) -> int:
         """Bytes that are free for disks."""
@@ -253,6 +283,21 @@ class Disks:
     def present(self) -> set[str]:
         """The sids that have an overlay."""
         return {path.stem for path in self._folder.glob("*.qcow2")}
+
+
+def _head(disk: Path) -> bytes:
+    with disk.open("rb") as file:
+        return file.read(104)
+
+
+def _virtual_size(head: bytes) -> int:
+    """From a qcow2 header (QEMU, interop/qcow2: byte 24)."""
+    return int.from_bytes(head[24:32])
+
+
+def _no_disk(error: OSError, disk: Path) -> DiskError:
+    reason = Reason.NO_SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Reason.SPAWN_FAILED
+    return DiskError(reason, f"the disk can't be made: {error.filename or disk.name}: {error.strerror}")
 
 
 def _header(image: Path, claimed: Format) -> Facts:

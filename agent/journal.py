@@ -16,6 +16,7 @@ from deskfleet.schemas.errors import DecodeError, DeskfleetError, Reason
 from deskfleet.schemas.host import GuestReport, Phase
 from deskfleet.schemas.messages import VmStart
 from deskfleet.schemas.session import Outcome
+from deskfleet.schemas.template import Birth
 from deskfleet.schemas.tickets import SID
 from deskfleet.schemas.wire import REGISTRY, decode_as
 
@@ -42,6 +43,7 @@ class Entry:
     outcome: Outcome | None = None
     reason: Reason | None = None
     detail: str = ""
+    birth: Birth | None = None
 
     @property
     def live(self) -> bool:
@@ -65,6 +67,7 @@ class Entry:
             detail=self.detail[:4000],
             left_s=left_s,
             lifetime_s=lifetime_s,
+            birth=self.birth,
         )
 
 
@@ -158,6 +161,7 @@ def _to_json(entry: Entry) -> dict[str, Any]:
         "outcome": entry.outcome.value if entry.outcome else None,
         "reason": entry.reason.value if entry.reason else None,
         "detail": entry.detail,
+        "birth": entry.birth.value if entry.birth else None,
     }
 
 
@@ -178,4 +182,5 @@ def _from_json(data: dict[str, Any]) -> Entry:
         outcome=Outcome(data["outcome"]) if data["outcome"] else None,
         reason=Reason(data["reason"]) if data["reason"] else None,
         detail=str(data["detail"]),
+        birth=Birth(data["birth"]) if data["birth"] else None,
     )

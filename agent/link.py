@@ -15,6 +15,8 @@ from deskfleet.schemas.messages import (
     HostFence,
     HostImages,
     HostInventory,
+    HostTemplates,
+    TemplateOrdered,
     VmExtend,
     VmLook,
     VmPicture,
@@ -48,6 +50,7 @@ class Link:
         now: Callable[[], float],
         look: Callable[[VmLook], None],
         images: Callable[[HostImages], None],
+        templates: Callable[[HostTemplates | TemplateOrdered], None],
     ) -> None:
         self._host = host
         self._bus = bus
@@ -56,6 +59,7 @@ class Link:
         self._now = now
         self._look = look
         self._images = images
+        self._templates = templates
         self._seq = 0
         #: The digest of the last full heartbeat, and when it was sent; None when the next one has to be full.
         self._told: tuple[str, float] | None = None
@@ -92,6 +96,8 @@ class Link:
                 self.beat()
             case HostImages():
                 self._images(message)
+            case HostTemplates() | TemplateOrdered():
+                self._templates(message)
             case HostInventory():
                 self.tell()
             case _:

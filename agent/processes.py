@@ -26,11 +26,13 @@ _PROC = Path("/proc")
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a program may take at most: bytes of its largest file and of locked memory (None: as much as ourselves),
-    and a control group that it lives in, its threads and children too."""
+    and a control group that it lives in, its threads and children too. One that comes `last` gets the processor and the
+    disk when nobody else wants them."""
 
     file_size: int | None = None
     locked: int | None = None
     group: Path | None = None
+    last: bool = False
 
 
 NO_LIMITS = Limits()
@@ -107,7 +109,8 @@ def _prlimit(limits: Limits) -> list[str]:
         if wanted is not None:
             _, most = resource.getrlimit(kind)  # no more than we may ourselves
             words.append(f"--{name}={wanted if most == resource.RLIM_INFINITY else min(wanted, most)}")
-    return ["prlimit", *words, "--"] if words or limits.group else []
+    behind = ["nice", "-n", "19", "ionice", "-c", "3"] if limits.last else []
+    return [*behind, "prlimit", *words, "--"] if words or limits.group else behind
 
 
 @dataclass(slots=True)

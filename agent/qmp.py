@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -40,6 +41,18 @@ class Monitor:
             return await asyncio.wait_for(self._client.execute(name, arguments), LIMIT_S)
         except (QMPError, TimeoutError, OSError, EOFError) as error:
             raise MonitorError(f"{name}: {error or type(error).__name__}") from error
+
+    async def give(self, name: str, file: int) -> None:
+        """Give qemu an open file, under this name (QMP getfd; the descriptor goes along with it).
+
+        Raises:
+            MonitorError: as for a command.
+        """
+        try:
+            self._client.send_fd_scm(file)
+        except (QMPError, OSError) as error:
+            raise MonitorError(f"getfd: {error}") from error
+        await self.command("getfd", {"fdname": name})
 
     @contextmanager
     def events(self, *names: str) -> Iterator[AsyncIterator[str]]:
@@ -91,3 +104,24 @@ async def monitor(socket: Path) -> AsyncIterator[Monitor]:
             await asyncio.wait_for(client.disconnect(), LIMIT_S)
         except (QMPError, TimeoutError, OSError, EOFError) as error:
             logging.getLogger(__name__).debug("closing %s: %s", socket.name, error)
+
+
+@asynccontextmanager
+async def first_monitor(socket: Path, ended: asyncio.Event, limit_s: float) -> AsyncIterator[Monitor]:
+    """The same, with a qemu that was started just now and opens its socket soon, unless it ends.
+
+    Raises:
+        MonitorError: it has ended, or did not open it in time.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limit_s
+    async with contextlib.AsyncExitStack() as stack:
+        while True:
+            with contextlib.suppress(MonitorError):
+                if socket.exists():  # it appears between two system calls of qemu; who comes in between is refused
+                    qemu = await stack.enter_async_context(monitor(socket))
+                    break
+            if ended.is_set() or loop.time() > deadline:
+                raise MonitorError("qemu ended at its start" if ended.is_set() else "qemu does not answer")
+            await asyncio.sleep(0.002)
+        yield qemu

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
@@ -20,7 +21,7 @@ from deskfleet.agent.cgroups import GroupError, Groups
 from deskfleet.agent.console import UsedNonces
 from deskfleet.agent.core import Agent
 from deskfleet.agent.devices import kvm_groups
-from deskfleet.agent.facts import boot_id, read_facts
+from deskfleet.agent.facts import Facts, boot_id, read_facts
 from deskfleet.agent.fetch import Fetcher
 from deskfleet.agent.fetch_store import Store
 from deskfleet.agent.hypervisor import QemuHypervisor
@@ -34,12 +35,15 @@ from deskfleet.agent.processes import Spawn, spawn
 from deskfleet.agent.quarantine import QUARANTINE
 from deskfleet.agent.settings import AgentSettings
 from deskfleet.agent.starter import Config
+from deskfleet.agent.templates import Room
+from deskfleet.agent.templates_here import templates_of
 from deskfleet.runtime.bus import Bus, run_callback
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DeskfleetError
 from deskfleet.schemas.host import Gpu, GuestReport, HostReport, Phase
-from deskfleet.schemas.messages import VmLook
+from deskfleet.schemas.messages import HostTemplates, TemplateOrdered, VmLook
 from deskfleet.schemas.session import Outcome
+from deskfleet.schemas.template import Birth
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +143,10 @@ class Service:
             gpus=self._gpus,
         )
         self.hypervisor.news = self.agent
+        self._templates = templates_of(
+            settings, accel.name, self._boot_id, self.hypervisor, self._images, self._disks, spawn, clock,
+            room=self._room, forks=self._forks, changed=lambda: self.link.beat(),  # noqa: PLW0108  link comes later
+        )  # fmt: skip
         self._pictures = Pictures(self.hypervisor.dump, clock.monotonic)
         self._shows: set[asyncio.Task[None]] = set()
         self._fetcher = Fetcher(
@@ -151,8 +159,10 @@ class Service:
             changed=lambda: self.link.beat(),  # noqa: PLW0108  link comes later
         )
         self.link = Link(
-            settings.host, bus, self.agent, self._describe, clock.monotonic, self._look, self._fetcher.told
-        )
+            settings.host, bus, self.agent, self._describe, clock.monotonic, self._look, self._fetcher.told,
+            self._order_templates,
+        )  # fmt: skip
+
         self.bridge = Bridge(
             settings.console_listen,
             settings.run,
@@ -162,6 +172,22 @@ class Service:
             settings.console_tls,
             spawn,
         )
+
+    def _room(self) -> Room:
+        facts = self._facts()
+        return Room(facts.load1, facts.cpus, facts.memory_free_mib)
+
+    def _forks(self) -> Counter[str]:
+        entries = self.agent.entries
+        return Counter(e.start.template for e in entries if e.live and e.start and e.birth is Birth.FORKED)
+
+    def _order_templates(self, wish: HostTemplates | TemplateOrdered) -> None:
+        if self._templates is None:
+            log.warning("no templates are kept here (settings: templates, hugepages)")
+        elif isinstance(wish, HostTemplates):
+            self._templates.told(wish)
+        else:
+            self._templates.ordered(wish)
 
     def _guarded_network(self) -> str:
         """The network that guests get: none where they can't be kept from this host's own services."""
@@ -205,7 +231,8 @@ class Service:
         live = {entry.sid: entry.start for entry in self.agent.entries if entry.live}
         if self._disks.present() - live.keys():
             return None  # a disk of which nobody knows what it is on top of
-        return {start.sha256 for start in live.values() if start}
+        templates = self._templates.images_in_use() if self._templates else set()
+        return templates | {start.sha256 for start in live.values() if start}
 
     def remark(self, problems: Sequence[str]) -> None:
         """Add to what administrators are told about this host."""
@@ -219,6 +246,8 @@ class Service:
             JournalError: the journal is damaged.
             AgentError: guests run that the journal does not know: it was lost, or its disk is not mounted yet.
         """
+        if self._templates:
+            self._templates.recover(self.hypervisor.clean)
         known = {path.stem for path in (self._settings.state / "journal").glob("*.json")}
         strangers = self.hypervisor.running() - known
         if strangers and not known:
@@ -235,6 +264,9 @@ class Service:
 
     def purge(self) -> int:
         """End every guest of this host and the console bridge, and remove their files; how many guests ended."""
+        if self._templates:
+            self._templates.recover(self.hypervisor.clean)
+            self._templates.purge()
         running = self.hypervisor.running()
         for sid in running | self.hypervisor.leftovers():
             self.hypervisor.clean(sid)
@@ -256,6 +288,8 @@ class Service:
             asyncio.create_task(self._take_pictures()),
             asyncio.create_task(self._fetcher.keep()),
         ]
+        if self._templates:
+            work.append(asyncio.create_task(self._templates.keep()))
         await stop.wait()
         for task in [*work, *self._shows]:
             task.cancel()
@@ -310,9 +344,13 @@ class Service:
                 if self._images.digests() != before:
                     self.link.beat()
 
+    def _facts(self) -> Facts:
+        settings = self._settings
+        return read_facts(settings.state / "disks", settings.offer_cpus, settings.offer_memory_mib)
+
     def _describe(self, seq: int) -> HostReport:
         settings = self._settings
-        facts = read_facts(settings.state / "disks", settings.offer_cpus, settings.offer_memory_mib)
+        facts = self._facts()
         return HostReport(
             host=settings.host,
             incarnation=self._incarnation,
@@ -335,4 +373,6 @@ class Service:
             version=self._version,
             catalogue=self._fetcher.catalogue,
             fetches=self._fetcher.report(),
+            templates=self._templates.report() if self._templates else None,
+            blueprints=self._templates.told_digest if self._templates else "",
         )

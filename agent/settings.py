@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate, validates, validates_schema
 
 from deskfleet.agent.fetch import Source
+from deskfleet.agent.templates import Rules
 from deskfleet.agent.volumes import IDS, USER, Kind, Volume
 from deskfleet.runtime.secret import Secret
 from deskfleet.runtime.settings import Network, NetworkField, SecretField
@@ -66,6 +67,8 @@ class AgentSettings:
     heartbeat_s: float
     picture_s: float
     source: Source
+    templates: Rules | None
+    template_build_s: float
 
 
 class VolumeSchema(Schema):
@@ -145,6 +148,10 @@ class AgentSchema(Schema):
     ready_s = fields.Float(load_default=30.0, validate=validate.Range(1, 600))
     powerdown_s = fields.Float(load_default=10.0, validate=validate.Range(0, 600))
     heartbeat_s = fields.Float(load_default=5.0, validate=validate.Range(0.5, 60))
+    templates = fields.Bool(load_default=True)
+    template_load = fields.Float(load_default=0.8, validate=validate.Range(0.01, 1000))
+    template_floor_mib = fields.Int(load_default=1024, validate=validate.Range(0))
+    template_build_s = fields.Float(load_default=900.0, validate=validate.Range(10, 24 * 3600))
     image_source = fields.Str(load_default="")
     image_ca = fields.Str(load_default="", validate=validate.Regexp(r"\A(/.*)?\Z"))
     image_token = SecretField(load_default=None, validate=validate.Length(min=1))
@@ -198,6 +205,8 @@ class AgentSchema(Schema):
         for name in ("volumes", "blocked_networks"):
             data[name] = tuple(data[name])
         console_tls = tls if tls[0] else None
+        rules = Rules(data.pop("template_load"), data.pop("template_floor_mib"))
+        data["templates"] = rules if data["templates"] and data["hugepages"] != "all" else None
         names = ("source", "ca", "token", "rate_mib_s", "room_mib", "prefetch", "keep_days")
         data["source"] = Source(**{name: data.pop(f"image_{name}") for name in names})
         return AgentSettings(**data, uids=uids, console_tls=console_tls)

@@ -17,10 +17,13 @@ from deskfleet.agent.cgroups import Groups, Size
 from deskfleet.agent.images import Disks, ImageIndex
 from deskfleet.agent.lan import Lan, LanError
 from deskfleet.agent.processes import Limits, Process, Spawn, arguments, pids
+from deskfleet.agent.seal import frozen
+from deskfleet.agent.template_store import Template, copy_memory
 from deskfleet.agent.volumes import Kind, Mount, Volume, VolumeError, mounts, ready
 from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.machine import Firmware
 from deskfleet.schemas.messages import VmStart
+from deskfleet.schemas.template import Blueprint
 
 _LAST_WORDS = 2000
 _TRIES = 200
@@ -80,6 +83,15 @@ class Starter:
         """Where a guest's files are."""
         return build.Paths(self._config.run / sid, self._disks.path(sid), image)
 
+    def mounts(self, start: VmStart) -> Sequence[Mount]:
+        """The volumes that a guest sees."""
+        return mounts(self._config.volumes, start.machine, start.user)
+
+    @property
+    def ports(self) -> int:
+        """How many ports a fork has: for its card, and for as many volumes as a guest can have here."""
+        return 1 + len(self._config.volumes)
+
     async def start(self, start: VmStart) -> Process:
         """Start a guest's qemu, and all that it needs. Nothing waits once qemu runs, so that whoever cancels this
         knows that there is none.
@@ -89,19 +101,46 @@ class Starter:
             LaunchError: anything else that has a reason.
             OSError: its folder can't be made, or qemu not be run.
         """
-        image = self._images.path(start.sha256)
-        paths = self.paths(start.sid, image)
-        found = mounts(self._config.volumes, start.machine, start.user)
+        return await self._boot(start)
+
+    async def make(self, start: VmStart, blueprint: Blueprint, memory: int) -> Process:
+        """Start a template in the making: with this memory, without network or volumes, and behind all other work.
+        Raises as `start`."""
+        return await self._boot(start, frozen(blueprint, memory, self.ports, shared=True))
+
+    async def _boot(self, start: VmStart, form: build.Frozen | None = None) -> Process:
+        paths, found, uid = await self._prepare(start, alone=form is not None)
+        want = start.resources.disk_gib
+        _give(await self._disks.create(start.sid, paths.image, start.sha256, start.format, want), uid)
+        if start.firmware is Firmware.UEFI:
+            _give(shutil.copyfile(build.OVMF_VARS, paths.vars), uid)
+        return self._run(paths, start, uid, found, form, alone=form is not None)
+
+    async def fork(self, start: VmStart, template: Template, *, alone: bool = False) -> Process:
+        """Start a qemu that waits for a template's state; `alone` without network or volumes. Raises as `start`."""
+        paths, found, uid = await self._prepare(start, alone=alone)
+        _give(self._disks.copy(start.sid, template.files.blank), uid)
+        if start.firmware is Firmware.UEFI:
+            _give(shutil.copyfile(template.files.vars, paths.vars), uid)
+        with contextlib.ExitStack() as ends:
+            memory, shared = template.memory, False
+            # A file server reads and writes the guest's memory by itself, so that must be one that can be shared.
+            if template.blueprint.copied or any(mount.volume.kind is Kind.VIRTIOFS for mount in found):
+                memory, shared = await asyncio.to_thread(copy_memory, memory), True
+                ends.callback(os.close, memory)
+            form = frozen(template.blueprint, memory, template.ports, shared=shared, disk=template.files.disk)
+            return self._run(paths, start, uid, found, form, alone=alone)
+
+    async def _prepare(self, start: VmStart, *, alone: bool = False) -> tuple[build.Paths, Sequence[Mount], int | None]:
+        """See whether all is there, and make the guest's folder."""
+        paths = self.paths(start.sid, self._images.path(start.sha256))
+        found = () if alone else self.mounts(start)
         try:
             async with asyncio.timeout(self._config.ready_s):
                 await asyncio.to_thread(self._check, found)
         except TimeoutError:
             raise LaunchError(Reason.VOLUME_UNAVAILABLE, "a volume's file system does not answer") from None
-        uid = self._make_home(paths)
-        disk = await self._disks.create(start.sid, image, start.sha256, start.format, start.resources.disk_gib)
-        if uid is not None:
-            os.chown(disk, uid, uid)
-        return self._run(paths, start, uid, found)
+        return paths, found, self._make_home(paths)
 
     def _check(self, found: Sequence[Mount]) -> None:
         """What this host must have before anything is made. Volumes may be on a slow network: not on the event loop."""
@@ -135,17 +174,21 @@ class Starter:
                 return uid
         raise LaunchError(Reason.SPAWN_FAILED, "every user id of the guests' range is taken")
 
-    def _run(self, paths: build.Paths, start: VmStart, uid: int | None, found: Sequence[Mount]) -> Process:
-        if start.firmware is Firmware.UEFI:
-            shutil.copyfile(build.OVMF_VARS, paths.vars)
-            paths.vars.chmod(0o600)
-            if uid is not None:
-                os.chown(paths.vars, uid, uid)
+    def _run(
+        self,
+        paths: build.Paths,
+        start: VmStart,
+        uid: int | None,
+        found: Sequence[Mount],
+        form: build.Frozen | None = None,
+        *,
+        alone: bool = False,
+    ) -> Process:
         want = start.resources
         size = Size(want.cpus, want.memory_mib, emulated=self._config.accel != "kvm")
         group = self._config.limits.create(start.sid, size) if self._config.limits else None
         with contextlib.ExitStack() as ends:
-            network = self._connect(start, paths, uid, group, ends)
+            network = None if alone else self._connect(start, paths, uid, group, ends)
             for mount in found:
                 if mount.volume.kind is Kind.VIRTIOFS:
                     self._start_share(start.sid, paths, mount, uid, group)
@@ -156,11 +199,12 @@ class Starter:
                 network_fd=network,
                 tap=self._config.network == "bridge",
                 mounts=found,
-                huge=self._huge(start),
+                huge=form is None and self._huge(start),
                 roms=self._lend_gpu(start, uid) if start.gpu_addresses else {},
+                frozen=form,
             )
-            fds = [] if network is None else [network]
-            limits = _limits(start, self._disks.virtual_size(start.sid), group)
+            fds = [fd for fd in (network, form.memory if form else None) if fd is not None]
+            limits = _limits(start, self._disks.virtual_size(start.sid), group, last=alone)
             pid = self._spawn(
                 line, uid=uid, cwd=paths.run, log=paths.log, fds=fds, groups=self._config.groups, limits=limits
             )
@@ -261,13 +305,20 @@ class Starter:
             process.watch(self._loop, lambda: None)
 
 
-def _limits(start: VmStart, disk: int, group: Path | None) -> Limits:
+def _give(path: Path, uid: int | None) -> None:
+    """Make a file a guest's own."""
+    path.chmod(0o600)
+    if uid is not None:
+        os.chown(path, uid, uid)
+
+
+def _limits(start: VmStart, disk: int, group: Path | None, *, last: bool) -> Limits:
     """What qemu may take, whatever the guest makes it do. Its largest file is the overlay: all of the disk, and
     qcow2's tables, which take 10 bytes for each 64 KiB (a sixth of the slack here); or the memory's memfd. Memory is
     locked for a GPU alone, which reads and writes it by itself."""
     memory = start.resources.memory_mib << 20
     locked = memory + _GPU_SLACK if start.gpu_addresses else _LOCKED
-    return Limits(max(disk + disk // 1024, memory) + _FILE_SLACK, locked, group)
+    return Limits(max(disk + disk // 1024, memory) + _FILE_SLACK, locked, group, last)
 
 
 def last_words(paths: build.Paths) -> str:

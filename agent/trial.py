@@ -35,6 +35,7 @@ from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.host import Phase
 from deskfleet.schemas.machine import Machine, parse_machine
 from deskfleet.schemas.messages import VmStart
+from deskfleet.schemas.template import Birth
 
 #: The guest's user when we are root: just below those that agents give to their guests by default.
 _UIDS = range(199_999, 200_000)
@@ -62,7 +63,7 @@ class _News:
         self.reason = ""
         self.detail = ""
 
-    def ready(self, _sid: str) -> None:
+    def ready(self, _sid: str, _birth: Birth) -> None:
         self.up.set()
 
     def failed(self, _sid: str, reason: Reason, detail: str) -> None:

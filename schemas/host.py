@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.session import Outcome
+from deskfleet.schemas.template import Birth, TemplateReport
 
 HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -44,8 +45,8 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class GuestReport:
-    """One guest as its host sees it; `ran` is true once its display answered, `left_s` is how many seconds of its
-    `lifetime_s` are left while it runs. Ended guests stay listed for a while."""
+    """One guest as its host sees it; `ran` is true once its display answered, and `birth` says how it came to be then.
+    `left_s` is how many seconds of its `lifetime_s` are left while it runs. Ended guests stay listed for a while."""
 
     sid: str
     generation: int
@@ -57,6 +58,7 @@ class GuestReport:
     detail: str = ""
     left_s: float | None = None
     lifetime_s: int | None = None
+    birth: Birth | None = None
 
 
 class FetchState(StrEnum):
@@ -109,7 +111,8 @@ class HostReport:
     exist. `fenced` says that the agent lost its journal and starts nothing until it is told where the numbers are.
     `digest` names the inventory: whatever is in here but not in a beat. Units: MiB; `load1` is the one-minute load
     average. `fetches` is None where no source of images is set; `catalogue` names the list of images (see HostImages)
-    that the host was told last.
+    that the host was told last. `templates` is None where no desktops are kept ready; `blueprints` names the list of
+    templates (see HostTemplates) that the host was told last.
     """
 
     host: str
@@ -134,6 +137,8 @@ class HostReport:
     digest: str = ""
     catalogue: str = ""
     fetches: tuple[Fetch, ...] | None = None
+    templates: tuple[TemplateReport, ...] | None = None
+    blueprints: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +174,7 @@ def inventory_digest(report: HostReport) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _entry(part: Gpu | GuestReport | Fetch) -> dict[str, object]:
+def _entry(part: Gpu | GuestReport | Fetch | TemplateReport) -> dict[str, object]:
     return {field.name: getattr(part, field.name) for field in fields(part) if field.name != "left_s"}
 
 
@@ -195,6 +200,8 @@ def implausible(report: HostReport) -> str:
         return "more memory free than there is"
     if report.disk_free_mib > report.disk_mib:
         return "more disk free than there is"
+    if sum(template.mib for template in report.templates or ()) > report.memory_mib:
+        return "templates that take more memory than there is"
     sids = [guest.sid for guest in report.guests]
     if len(sids) != len(set(sids)):
         return "one guest listed twice"

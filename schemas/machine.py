@@ -72,6 +72,40 @@ class GpuPolicy(StrEnum):
     REQUIRED = "required"
 
 
+class ReadyBy(StrEnum):
+    """How a booted guest is known to be ready for people: by a mark that it makes, or by a screen that stands still
+    once its own agent answers."""
+
+    MARK = "mark"
+    STILL = "still"
+
+
+class Share(StrEnum):
+    """Whose desktops may share pages of memory with each other: those of everybody who may use the machine, those of
+    one group, or none."""
+
+    MACHINE = "machine"
+    GROUP = "group"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A size in which a machine is kept ready: CPUs and MiB."""
+
+    cpus: int
+    memory_mib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Instant:
+    """That a machine is kept ready and forked, instead of booted at each launch."""
+
+    ready: ReadyBy
+    share: Share
+    sizes: tuple[Size, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Range:
     """An allowed range and where it starts."""
@@ -103,6 +137,7 @@ class Machine:
     groups: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
     drivers: Drivers = Drivers.VIRTIO
+    instant: Instant | None = None
 
     @property
     def defaults(self) -> Resources:
@@ -191,6 +226,21 @@ class _AccessSchema(_Strict):
     groups = fields.List(fields.Str(validate=validate.Length(1, 256)), load_default=list)
 
 
+class _SizeSchema(_Strict):
+    cpus = fields.Int(required=True, strict=True)
+    memory_mib = fields.Int(required=True, strict=True)
+
+    @post_load
+    def _make(self, data: dict[str, int], **_: Any) -> Size:
+        return Size(**data)
+
+
+class _InstantSchema(_Strict):
+    ready = fields.Enum(ReadyBy, by_value=True, load_default=ReadyBy.STILL)
+    share = fields.Enum(Share, by_value=True, load_default=Share.MACHINE)
+    sizes = fields.List(fields.Nested(_SizeSchema), load_default=list, validate=validate.Length(max=8))
+
+
 class _MachineSchema(_Strict):
     title = fields.Str(required=True, validate=validate.Length(1, 80))
     text = fields.Str(required=True, validate=validate.Length(1, 1000))
@@ -205,6 +255,22 @@ class _MachineSchema(_Strict):
     gpu = fields.Nested(_GpuSchema, load_default=lambda: {"policy": GpuPolicy.NEVER, "models": []})
     placement = fields.Nested(_PlacementSchema, load_default=lambda: {"labels": []})
     access = fields.Nested(_AccessSchema, required=True)
+    instant = fields.Nested(_InstantSchema, load_default=None)
+
+    @validates_schema
+    def _instant_fits(self, data: Mapping[str, Any], **_: Any) -> None:
+        if data["instant"] is None:
+            return
+        if data["gpu"]["policy"] is GpuPolicy.REQUIRED:
+            raise ValidationError("a machine that needs a GPU can't be kept ready", "instant")
+        if data["instant"]["share"] is Share.GROUP and not data["access"]["groups"]:
+            raise ValidationError("share = 'group' needs [access] groups", "instant")
+        cpus, memory = data["cpus"], data["memory_mib"]
+        for size in data["instant"]["sizes"]:
+            if not (cpus.min <= size.cpus <= cpus.max and memory.min <= size.memory_mib <= memory.max):
+                raise ValidationError(
+                    f"{size.cpus} CPUs, {size.memory_mib} MiB: outside the machine's sizes", "instant"
+                )
 
 
 _SCHEMA = _MachineSchema()
@@ -253,7 +319,17 @@ def parse_machine(name: str, text: str) -> Machine:
         groups=tuple(data["access"]["groups"]),
         labels=tuple(data["placement"]["labels"]),
         drivers=data["devices"]["drivers"],
+        instant=_instant(data),
     )
+
+
+def _instant(data: Mapping[str, Any]) -> Instant | None:
+    """Kept ready in its default size when no size is named."""
+    told = data["instant"]
+    if told is None:
+        return None
+    sizes = told["sizes"] or [Size(data["cpus"].default, data["memory_mib"].default)]
+    return Instant(told["ready"], told["share"], tuple(dict.fromkeys(sizes)))
 
 
 def load_catalogue(folder: Path) -> tuple[dict[str, Machine], list[MachineError]]:

@@ -9,6 +9,7 @@ from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import GuestReport, HostBeat, HostReport
 from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.session import Outcome, Resources, State
+from deskfleet.schemas.template import Blueprint, TemplateOrder
 from deskfleet.schemas.verdict import Forecast
 
 REPLICA = re.compile(r"[a-z0-9]{1,32}")
@@ -93,7 +94,8 @@ class PlacementAnswered:
 
 @dataclass(frozen=True, slots=True)
 class VmStart:
-    """Start this guest. Complete: the agent looks up nothing but the image file with that digest. Seconds and MiB."""
+    """Start this guest. Complete: the agent looks up nothing but the image file with that digest, and the template with
+    that key ("": boot it), which it may do without. Seconds and MiB."""
 
     sid: str
     generation: int
@@ -112,6 +114,7 @@ class VmStart:
     connect_s: int
     idle_s: int = 0
     drivers: Drivers = Drivers.VIRTIO
+    template: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +195,27 @@ MOST_IMAGES = 3000
 
 
 @dataclass(frozen=True, slots=True)
+class HostTemplates:
+    """The templates that this host shall keep ready; others go. `digest` names the list; the host repeats it in its
+    reports. Idempotent."""
+
+    host: str
+    digest: str
+    blueprints: tuple[Blueprint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateOrdered:
+    """An administrator wants the template with this key of a host made anew, or gone. The portal tells the scheduler,
+    and that the host. A dropped one stays away until it is ordered again."""
+
+    host: str
+    key: str
+    order: TemplateOrder
+    actor: str
+
+
+@dataclass(frozen=True, slots=True)
 class VmReport:
     """One guest changed; the same entry also stands in the next heartbeat."""
 
@@ -259,6 +283,8 @@ Message = (
     | VmLook
     | VmPicture
     | HostImages
+    | HostTemplates
+    | TemplateOrdered
     | VmReport
     | HostReport
     | HostBeat

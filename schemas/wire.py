@@ -12,7 +12,7 @@ from typing import TypeVar
 from marshmallow import ValidationError, fields, validate
 
 from deskfleet.schemas.errors import DecodeError, Reason
-from deskfleet.schemas.machine import FILE, NAME, Drivers, Firmware, Format, Os, Video
+from deskfleet.schemas.machine import FILE, NAME, Drivers, Firmware, Format, Os, ReadyBy, Video
 from deskfleet.schemas.messages import (
     INVENTORY,
     MOST_IMAGES,
@@ -28,12 +28,14 @@ from deskfleet.schemas.messages import (
     HostFence,
     HostImages,
     HostInventory,
+    HostTemplates,
     LaunchRequested,
     Message,
     PlacementAnswered,
     PlacementAsked,
     SessionChanged,
     StopRequested,
+    TemplateOrdered,
     VmExtend,
     VmLook,
     VmPicture,
@@ -42,6 +44,7 @@ from deskfleet.schemas.messages import (
     VmStop,
 )
 from deskfleet.schemas.session import Outcome, Resources, State
+from deskfleet.schemas.template import KEY, MOST_TEMPLATES, Blueprint, TemplateOrder
 from deskfleet.schemas.tickets import GRANT
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 from deskfleet.schemas.wire_fields import (
@@ -173,6 +176,7 @@ class VmStartSchema(Wire):
     connect_s = int_field(0, 366 * 24 * 3600)
     idle_s = int_field(0, 366 * 24 * 3600)
     drivers = fields.Enum(Drivers, required=True, by_value=True)
+    template = fields.Str(required=True, validate=validate.Regexp(rf"\A({KEY.pattern})?\Z"))
 
 
 class VmStopSchema(Wire):
@@ -209,6 +213,43 @@ class HostImagesSchema(Wire):
     digest = fields.Str(required=True, validate=validate.Regexp(rf"\A{INVENTORY.pattern}\Z"))
     images = Tuple(fields.Nested(CatalogueImageSchema), MOST_IMAGES)
     wanted = Tuple(digest_field(), MOST_IMAGES)
+
+
+class BlueprintSchema(Wire):
+    target = Blueprint
+    machine = fields.Str(required=True, validate=validate.Regexp(rf"\A{NAME.pattern}\Z"))
+    os = fields.Enum(Os, required=True, by_value=True)
+    sha256 = digest_field()
+    format = fields.Enum(Format, required=True, by_value=True)
+    video = fields.Enum(Video, required=True, by_value=True)
+    firmware = fields.Enum(Firmware, required=True, by_value=True)
+    drivers = fields.Enum(Drivers, required=True, by_value=True)
+    cpus = int_field(1, 4096)
+    memory_mib = int_field(1, 1 << 24)
+    disk_gib = int_field(1, 1 << 24)
+    most_cpus = int_field(1, 4096)
+    most_memory_mib = int_field(1, 1 << 24)
+    ready = fields.Enum(ReadyBy, required=True, by_value=True)
+    copied = bool_field()
+    tenant = text_field(256)
+
+
+BLUEPRINT = BlueprintSchema()
+
+
+class HostTemplatesSchema(Wire):
+    target = HostTemplates
+    host = host_field()
+    digest = fields.Str(required=True, validate=validate.Regexp(rf"\A{INVENTORY.pattern}\Z"))
+    blueprints = Tuple(fields.Nested(BlueprintSchema), MOST_TEMPLATES)
+
+
+class TemplateOrderedSchema(Wire):
+    target = TemplateOrdered
+    host = host_field()
+    key = fields.Str(required=True, validate=validate.Regexp(rf"\A{KEY.pattern}\Z"))
+    order = fields.Enum(TemplateOrder, required=True, by_value=True)
+    actor = text_field(320, 1)
 
 
 class HostInventorySchema(Wire):
@@ -287,6 +328,8 @@ REGISTRY: dict[str, Wire] = {
     "vm.look.v1": VmLookSchema(),
     "vm.picture.v1": VmPictureSchema(),
     "host.images.v1": HostImagesSchema(),
+    "host.templates.v1": HostTemplatesSchema(),
+    "template.ordered.v1": TemplateOrderedSchema(),
     "vm.report.v1": VmReportSchema(),
     "host.heartbeat.v1": HostReportSchema(),
     "host.beat.v1": HostBeatSchema(),

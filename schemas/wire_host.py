@@ -16,9 +16,10 @@ from deskfleet.schemas.host import (
     HostReport,
     Phase,
 )
-from deskfleet.schemas.machine import DIGEST
+from deskfleet.schemas.machine import DIGEST, NAME
 from deskfleet.schemas.messages import ADDRESS, INVENTORY, PCI_ADDRESS
 from deskfleet.schemas.session import Outcome
+from deskfleet.schemas.template import KEY, MOST_TEMPLATES, Birth, TemplateReport, TemplateState
 from deskfleet.schemas.wire_fields import (
     Tuple,
     Wire,
@@ -44,6 +45,7 @@ class GuestReportSchema(Wire):
     detail = text_field(4000)
     left_s = fields.Float(required=True, allow_none=True, allow_nan=False, validate=validate.Range(0, 1e9))
     lifetime_s = fields.Int(required=True, strict=True, allow_none=True, validate=validate.Range(1, 366 * 24 * 3600))
+    birth = fields.Enum(Birth, required=True, by_value=True, allow_none=True)
 
 
 class GpuSchema(Wire):
@@ -63,6 +65,23 @@ class FetchSchema(Wire):
     percent = int_field(0, 100)
     mib = int_field(0, 1 << 32)
     fault = fields.Enum(FetchFault, required=True, by_value=True, allow_none=True)
+    detail = text_field(400)
+
+
+class TemplateReportSchema(Wire):
+    target = TemplateReport
+    key = fields.Str(required=True, validate=validate.Regexp(rf"\A{KEY.pattern}\Z"))
+    machine = fields.Str(required=True, validate=validate.Regexp(rf"\A{NAME.pattern}\Z"))
+    tenant = text_field(256)
+    cpus = int_field(1, 4096)
+    memory_mib = int_field(1, 1 << 24)
+    state = fields.Enum(TemplateState, required=True, by_value=True)
+    serving = bool_field()
+    mib = int_field(0, 1 << 32)
+    made_at = int_field()
+    forks = int_field(0, 100_000)
+    hits = int_field()
+    misses = int_field()
     detail = text_field(400)
 
 
@@ -91,6 +110,8 @@ class HostReportSchema(Wire):
     # Agents of an older version say neither.
     catalogue = fields.Str(load_default="", validate=validate.Regexp(rf"\A({INVENTORY.pattern})?\Z"))
     fetches = Tuple(fields.Nested(FetchSchema), MOST_FETCHES, required=False, load_default=None, allow_none=True)
+    templates = Tuple(fields.Nested(TemplateReportSchema), MOST_TEMPLATES, allow_none=True)
+    blueprints = fields.Str(required=True, validate=validate.Regexp(rf"\A({INVENTORY.pattern})?\Z"))
 
 
 class HostBeatSchema(Wire):
