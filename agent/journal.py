@@ -182,5 +182,5 @@ def _from_json(data: dict[str, Any]) -> Entry:
         outcome=Outcome(data["outcome"]) if data["outcome"] else None,
         reason=Reason(data["reason"]) if data["reason"] else None,
         detail=str(data["detail"]),
-        birth=Birth(data["birth"]) if data["birth"] else None,
+        birth=Birth(data["birth"]) if data.get("birth") else None,
     )

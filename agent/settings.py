@@ -69,6 +69,7 @@ class AgentSettings:
     source: Source
     templates: Rules | None
     template_build_s: float
+    template_still_s: float
 
 
 class VolumeSchema(Schema):
@@ -152,6 +153,7 @@ class AgentSchema(Schema):
     template_load = fields.Float(load_default=0.8, validate=validate.Range(0.01, 1000))
     template_floor_mib = fields.Int(load_default=1024, validate=validate.Range(0))
     template_build_s = fields.Float(load_default=900.0, validate=validate.Range(10, 24 * 3600))
+    template_still_s = fields.Float(load_default=10.0, validate=validate.Range(0.1, 600))
     image_source = fields.Str(load_default="")
     image_ca = fields.Str(load_default="", validate=validate.Regexp(r"\A(/.*)?\Z"))
     image_token = SecretField(load_default=None, validate=validate.Length(min=1))

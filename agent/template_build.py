@@ -39,10 +39,14 @@ class Patience:
 
     build_s: float = 900.0
     still_s: float = 10.0
-    look_s: float = 1.0
     settle_s: float = 60.0
     quiet: float = 0.2
     qmp_s: float = 15.0
+
+    @property
+    def look_s(self) -> float:
+        """Between two looks."""
+        return min(1.0, self.still_s / 5)
 
 
 class Builder:

@@ -43,7 +43,7 @@ def templates_of(
         return digest(blueprint, version, cpu, accel, starter.ports) if version else ""
 
     store = TemplateStore(settings.state / FOLDER, boot_id, spawn)
-    patience = Patience(build_s=settings.template_build_s)
+    patience = Patience(build_s=settings.template_build_s, still_s=settings.template_still_s)
     builder = Builder(starter, images, disks, store, hypervisor.clean, clock.wall, patience)
     found = Templates(
         store=store,

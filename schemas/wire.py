@@ -176,7 +176,8 @@ class VmStartSchema(Wire):
     connect_s = int_field(0, 366 * 24 * 3600)
     idle_s = int_field(0, 366 * 24 * 3600)
     drivers = fields.Enum(Drivers, required=True, by_value=True)
-    template = fields.Str(required=True, validate=validate.Regexp(rf"\A({KEY.pattern})?\Z"))
+    # An agent that was upgraded finds older ones in its journal.
+    template = fields.Str(load_default="", validate=validate.Regexp(rf"\A({KEY.pattern})?\Z"))
 
 
 class VmStopSchema(Wire):

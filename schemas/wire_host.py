@@ -45,7 +45,7 @@ class GuestReportSchema(Wire):
     detail = text_field(4000)
     left_s = fields.Float(required=True, allow_none=True, allow_nan=False, validate=validate.Range(0, 1e9))
     lifetime_s = fields.Int(required=True, strict=True, allow_none=True, validate=validate.Range(1, 366 * 24 * 3600))
-    birth = fields.Enum(Birth, required=True, by_value=True, allow_none=True)
+    birth = fields.Enum(Birth, by_value=True, allow_none=True, load_default=None)
 
 
 class GpuSchema(Wire):
@@ -107,11 +107,13 @@ class HostReportSchema(Wire):
     problems = Tuple(fields.Str(validate=validate.Length(1, 400)), 100)
     version = text_field(64)
     digest = fields.Str(required=True, validate=validate.Regexp(rf"\A({INVENTORY.pattern})?\Z"))
-    # Agents of an older version say neither.
+    # Agents of an older version say none of these.
     catalogue = fields.Str(load_default="", validate=validate.Regexp(rf"\A({INVENTORY.pattern})?\Z"))
     fetches = Tuple(fields.Nested(FetchSchema), MOST_FETCHES, required=False, load_default=None, allow_none=True)
-    templates = Tuple(fields.Nested(TemplateReportSchema), MOST_TEMPLATES, allow_none=True)
-    blueprints = fields.Str(required=True, validate=validate.Regexp(rf"\A({INVENTORY.pattern})?\Z"))
+    templates = Tuple(
+        fields.Nested(TemplateReportSchema), MOST_TEMPLATES, required=False, load_default=None, allow_none=True
+    )
+    blueprints = fields.Str(load_default="", validate=validate.Regexp(rf"\A({INVENTORY.pattern})?\Z"))
 
 
 class HostBeatSchema(Wire):

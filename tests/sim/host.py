@@ -98,7 +98,7 @@ class Node(Process):
         incarnation = f"{self.host}-{self.lives}"
         self.link = Link(
             self.host, bus, agent, lambda seq: self.describe(incarnation, seq), self.clock.monotonic, lambda _: None,
-            lambda _: None,
+            lambda _: None, lambda _: None,
         )  # fmt: skip
         try:
             agent.recover()

@@ -32,11 +32,14 @@ from deskfleet.schemas.messages import (
     HostFence,
     HostImages,
     HostInventory,
+    HostTemplates,
     Message,
+    TemplateOrdered,
     VmLook,
     VmPicture,
 )
 from deskfleet.schemas.session import Outcome
+from deskfleet.schemas.template import Birth, TemplateOrder, TemplateReport, TemplateState
 from deskfleet.schemas.wire import decode, decode_as, encode
 
 S = "a" * 32
@@ -68,6 +71,7 @@ class Stage:
         self.agent = FakeAgent()
         self.looks: list[VmLook] = []
         self.images: list[HostImages] = []
+        self.templates: list[HostTemplates | TemplateOrdered] = []
         bus = self.broker.connect("agent-h1", lambda action: action())
         agent: Agent = self.agent  # type: ignore[assignment]
         self.link = Link(
@@ -78,6 +82,7 @@ class Stage:
             lambda: self.now,
             self.looks.append,
             self.images.append,
+            self.templates.append,
         )
         self.link.start()
         self.broker.run()
@@ -158,6 +163,13 @@ def test_what_the_catalogue_names_is_passed_on(on: Stage) -> None:
     assert on.images == [told]
 
 
+def test_which_templates_are_wanted_is_passed_on(on: Stage) -> None:
+    told = (HostTemplates("h1", "0" * 16, ()), TemplateOrdered("h1", "1" * 16, TemplateOrder.DROP, "root"))
+    for message in told:
+        on.command(message)
+    assert tuple(on.templates) == told
+
+
 def test_each_connect_begins_with_a_full_one_also_when_nothing_changed(on: Stage) -> None:
     on.broker.crash()
     on.link.beat()
@@ -221,6 +233,8 @@ def test_all_but_what_beats_tell_is_in_the_digest() -> None:
         "version": "2",
         "catalogue": "0" * 16,
         "fetches": (Fetch("1" * 64, FetchState.FETCHING, 5, 10),),
+        "templates": (TemplateReport("1" * 16, "desktop", "", 1, 9, TemplateState.READY),),
+        "blueprints": "0" * 16,
     }
     assert set(changes) | {"guests"} == {field.name for field in fields(HostReport)} - {
         field.name for field in fields(HostBeat)
@@ -235,6 +249,7 @@ def test_all_but_what_beats_tell_is_in_the_digest() -> None:
         "lifetime_s": 60,
         "reason": Reason.STALE,
         "detail": "x",
+        "birth": Birth.FORKED,
     }
     assert set(guests) | {"left_s"} == {field.name for field in fields(GuestReport)}
     others = [replace(base, **{name: value}) for name, value in changes.items()]  # type: ignore[arg-type]

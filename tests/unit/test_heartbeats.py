@@ -46,6 +46,7 @@ class Stage:
             self.monotonic,
             lambda _: None,
             lambda _: None,
+            lambda _: None,
         )
 
     def monotonic(self) -> float:

@@ -25,7 +25,7 @@ from deskfleet.schemas.host import (
     Phase,
     implausible,
 )
-from deskfleet.schemas.machine import Firmware, Format, Os, Video
+from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, ReadyBy, Video
 from deskfleet.schemas.messages import (
     CatalogueImage,
     Console,
@@ -38,12 +38,14 @@ from deskfleet.schemas.messages import (
     HostFence,
     HostImages,
     HostInventory,
+    HostTemplates,
     LaunchRequested,
     Message,
     PlacementAnswered,
     PlacementAsked,
     SessionChanged,
     StopRequested,
+    TemplateOrdered,
     VmExtend,
     VmLook,
     VmPicture,
@@ -52,12 +54,13 @@ from deskfleet.schemas.messages import (
     VmStop,
 )
 from deskfleet.schemas.session import Outcome, Resources, State
+from deskfleet.schemas.template import Birth, Blueprint, TemplateOrder, TemplateReport, TemplateState
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 from deskfleet.schemas.wire import REGISTRY, decode, decode_as, encode
 
 SID = "0123456789abcdef" * 2
 SIZE = Resources(2, 512, 4, 1, "A100")
-GUEST = GuestReport(SID, 7, Phase.ENDED, True, 2, Outcome.FAILED, Reason.QEMU_EXITED, "é", 7.5, 60)
+GUEST = GuestReport(SID, 7, Phase.ENDED, True, 2, Outcome.FAILED, Reason.QEMU_EXITED, "é", 7.5, 60, Birth.FORKED)
 GPU = Gpu("0000:01:00.0", "A100", 12, ("0000:01:00.0", "0000:01:00.1"), True)
 REPORT = HostReport(
     host="h1",
@@ -82,10 +85,20 @@ REPORT = HostReport(
     fetches=(Fetch("b" * 64, FetchState.FAILED, 40, 20_000, FetchFault.WRONG_DIGEST, "why"),),
     version="0.1.0",
     digest="0" * 16,
+    templates=(
+        TemplateReport(
+            "e" * 16, "desktop", "staff", 2, 1024, TemplateState.READY, True, 700, 1_790_000_000, 1, 7, 2, "x"
+        ),
+    ),
+    blueprints="d" * 16,
 )
 START = VmStart(
     SID, 7, "zoë", "tiny", Os.LINUX, "a" * 64, Format.QCOW2, Video.VIRTIO, Firmware.BIOS, SIZE, GPU.functions,
-    True, 3600, 60, 600,
+    True, 3600, 60, 600, template="e" * 16,
+)  # fmt: skip
+BLUEPRINT = Blueprint(
+    "desktop", Os.LINUX, "a" * 64, Format.QCOW2, Video.VIRTIO, Firmware.BIOS, Drivers.VIRTIO, 2, 1024, 4, 8, 16384,
+    ReadyBy.MARK, False, "staff",
 )  # fmt: skip
 PNG = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 320, 240)
 FORECAST = Forecast(
@@ -113,6 +126,8 @@ EXAMPLES: list[Message] = [
     VmLook(SID, "w1"),
     VmPicture("h1", SID, PNG, last=False),
     HostImages("h1", "0" * 16, (CatalogueImage("c" * 64, "a-2.qcow2", Format.QCOW2),), ("c" * 64,)),
+    HostTemplates("h1", "0" * 16, (BLUEPRINT,)),
+    TemplateOrdered("h1", "e" * 16, TemplateOrder.REBUILD, "root"),
     VmReport("h1", GUEST),
     REPORT,
     HostBeat("h1", "i1", 5, 9, False, "[::1]:6080", 0.5, 4000, 400, "0" * 16),
@@ -124,7 +139,7 @@ EXAMPLES: list[Message] = [
 
 
 #: Fields that came after the first version.
-LATER: dict[type, set[str]] = {HostReport: {"catalogue", "fetches"}}
+LATER: dict[type, set[str]] = {HostReport: {"catalogue", "fetches", "templates", "blueprints"}, VmStart: {"template"}}
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
@@ -178,7 +193,19 @@ OF_IMAGES = [
 ]
 
 
-@pytest.mark.parametrize(("field", "value"), OF_IMAGES)
+OF_TEMPLATES = [
+    ("template", "../../0123456789"),
+    ("template", "0" * 17),
+    ("key", ""),
+    ("key", "/etc/passwd"),
+    ("order", "burn"),
+    ("blueprints", [{}]),
+    ("blueprints", "0" * 17),
+    ("templates", [{"key": "0" * 16}]),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), OF_IMAGES + OF_TEMPLATES)
 def test_c26_what_is_said_of_images_is_data(field: str, value: object) -> None:
     refused = 0
     for message in EXAMPLES:
