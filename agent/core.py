@@ -25,8 +25,7 @@ from deskfleet.schemas.messages import (
     VmStart,
     VmStop,
 )
-from deskfleet.schemas.session import Outcome
-from deskfleet.schemas.template import Birth
+from deskfleet.schemas.session import Birth, Outcome
 
 log = logging.getLogger(__name__)
 

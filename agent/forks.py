@@ -16,7 +16,7 @@ from deskfleet.agent.starter import Config, Starter
 from deskfleet.agent.template_store import Template
 from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.messages import VmStart
-from deskfleet.schemas.template import Birth
+from deskfleet.schemas.session import Birth
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.host import Phase
 from deskfleet.schemas.machine import Os
 from deskfleet.schemas.messages import VmStart
-from deskfleet.schemas.template import Birth
+from deskfleet.schemas.session import Birth
 
 log = logging.getLogger(__name__)
 

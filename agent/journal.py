@@ -15,8 +15,7 @@ from typing import Any, Protocol
 from deskfleet.schemas.errors import DecodeError, DeskfleetError, Reason
 from deskfleet.schemas.host import GuestReport, Phase
 from deskfleet.schemas.messages import VmStart
-from deskfleet.schemas.session import Outcome
-from deskfleet.schemas.template import Birth
+from deskfleet.schemas.session import Birth, Outcome
 from deskfleet.schemas.tickets import SID
 from deskfleet.schemas.wire import REGISTRY, decode_as
 

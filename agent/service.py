@@ -42,8 +42,7 @@ from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DeskfleetError
 from deskfleet.schemas.host import Gpu, GuestReport, HostReport, Phase
 from deskfleet.schemas.messages import HostTemplates, TemplateOrdered, VmLook
-from deskfleet.schemas.session import Outcome
-from deskfleet.schemas.template import Birth
+from deskfleet.schemas.session import Birth, Outcome
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from deskfleet.agent.seal import describes
 from deskfleet.agent.template_store import Template
 from deskfleet.schemas.errors import DeskfleetError
 from deskfleet.schemas.messages import HostTemplates, TemplateOrdered, VmStart
-from deskfleet.schemas.template import Birth, Blueprint, TemplateOrder, TemplateReport, TemplateState
+from deskfleet.schemas.session import Birth
+from deskfleet.schemas.template import Blueprint, TemplateOrder, TemplateReport, TemplateState
 
 log = logging.getLogger(__name__)
 

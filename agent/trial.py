@@ -35,7 +35,7 @@ from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.host import Phase
 from deskfleet.schemas.machine import Machine, parse_machine
 from deskfleet.schemas.messages import VmStart
-from deskfleet.schemas.template import Birth
+from deskfleet.schemas.session import Birth
 
 #: The guest's user when we are root: just below those that agents give to their guests by default.
 _UIDS = range(199_999, 200_000)

@@ -11,7 +11,7 @@ from sqlalchemy import RowMapping
 
 from deskfleet.schemas.errors import DecodeError, Reason
 from deskfleet.schemas.host import Host, HostReport
-from deskfleet.schemas.session import Outcome, Resources, Session, State
+from deskfleet.schemas.session import Birth, Outcome, Resources, Session, State
 from deskfleet.schemas.verdict import Verdict
 from deskfleet.schemas.wire import decode_as
 
@@ -39,6 +39,7 @@ def to_session(row: RowMapping) -> Session:
         waited_s=row["waited_s"],
         groups=tuple(json.loads(row["groups"])),
         queue_class=row["queue_class"],
+        birth=Birth(row["birth"]) if row["birth"] else None,
         created_at=row["created_at"],
         changed_at=row["changed_at"],
     )
@@ -57,6 +58,7 @@ def session_values(session: Session) -> dict[str, Any]:
         "gpu_addresses": json.dumps(session.gpu_addresses),
         "waited_s": session.waited_s,
         "lifetime_s": session.lifetime_s,
+        "birth": session.birth.value if session.birth else "",
         "changed_at": session.changed_at,
     }
 

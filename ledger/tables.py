@@ -73,6 +73,7 @@ session = Table(
     Column("waited_s", Float, nullable=False, default=0.0),
     Column("groups", Text, nullable=False, default="[]"),
     Column("queue_class", String(48), nullable=False, default=""),
+    Column("birth", String(16), nullable=False, default=""),
     Column("place", Integer),
     Column("estimate_s", Float),
     Column("created_at", Float, nullable=False),

@@ -29,6 +29,7 @@ from deskfleet.schemas.messages import (
     PlacementAnswered,
     PlacementAsked,
     StopRequested,
+    TemplateOrdered,
     VmReport,
     VmStop,
 )
@@ -102,6 +103,8 @@ class Decisions:
                 self._drain(unit, message)
             case HostDeclaredDead():
                 self._declare_dead(unit, message, now)
+            case TemplateOrdered():
+                self._order_template(unit, message)
             case PlacementAsked():
                 self._answer(unit, message, now)
             case _:
@@ -184,6 +187,13 @@ class Decisions:
             return
         state.draining = request.draining
         self.queue.soon = True
+
+    def _order_template(self, unit: Unit, request: TemplateOrdered) -> None:
+        state = self._fleet.hosts.get(request.host)
+        if state is None or request.key not in (state.templates or {}):
+            log.warning("%s wants to %s a template that %s lacks", request.actor, request.order, request.host)
+            return
+        unit.send_host(request.host, request)
 
     def _declare_dead(self, unit: Unit, request: HostDeclaredDead, now: float) -> None:
         state = self._fleet.hosts.get(request.host)
@@ -318,7 +328,8 @@ class Decisions:
                 work += [self._repeat(s, now) for s in self._fleet.on(host).values() if self._needs_command(s, now)]
         if self._fleet.waiting():
             work.append(lambda unit: self.queue.run(unit, now))
-        for message in self.queue.images.due(now, self._settings.policy.fresh_s):
+        fresh_s = self._settings.policy.fresh_s
+        for message in (*self.queue.images.due(now, fresh_s), *self.queue.templates.due(now, fresh_s)):
             work.append(partial(Unit.send_host, host=message.host, message=message))
         return work
 

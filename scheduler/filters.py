@@ -24,7 +24,8 @@ from deskfleet.schemas.verdict import Verdict
 class Want:
     """What is to be placed: a size, the digest of its image, the labels that the machine requires, the pools that are
     for its user (`admitted`) and those outside which the user gets nothing (`confined`), and for how many seconds it
-    may run. On the hosts in `avoid` this very session failed to start before."""
+    may run. On the hosts in `avoid` this very session failed to start before. Where its `template` is, it is ready at
+    once."""
 
     sid: str
     resources: Resources
@@ -34,6 +35,7 @@ class Want:
     admitted: frozenset[str] = frozenset()
     confined: frozenset[str] | None = None
     avoid: frozenset[str] = frozenset()
+    template: str = ""
 
     @property
     def shape(self) -> tuple[object, ...]:
@@ -155,6 +157,13 @@ def _memory(want: Want, host: HostState, at: Moment) -> Reason | None:
         return Reason.MEMORY_SHORT
     assert host.report  # _alive has seen it
     return Reason.MEMORY_SHORT if needed > host.report.memory_free_mib else None
+
+
+def memory_beside_templates(want: Want, host: HostState, at: Moment) -> bool:
+    """Whether a host that has too little memory would have enough without its templates."""
+    needed = want.resources.memory_mib + at.policy.guest_overhead_mib
+    more = host.templates_mib * at.policy.memory_overcommit
+    return host.usage.memory_mib + needed <= host.memory_offered + more
 
 
 def _disk(want: Want, host: HostState, at: Moment) -> Reason | None:

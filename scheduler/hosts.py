@@ -12,6 +12,7 @@ from deskfleet.scheduler.policy import Policy, Pool
 from deskfleet.scheduler.resting import Resting
 from deskfleet.schemas.host import Fetch, Gpu, HostBeat, HostReport, implausible
 from deskfleet.schemas.session import Session
+from deskfleet.schemas.template import TemplateReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,9 @@ class HostState:
     """One host. `heard` is monotonic seconds, None until this process heard it; `distrust` says why its figures are
     not believed (`grew`: for as long as its agent lives); `asked` is when a full report was asked for last. `score`
     orders hosts, larger first. `fetches` is what it is fetching, by digest (None: it never does), `moved` since when
-    each stands where it stands, and `told_images` when it was told last about images.
+    each stands where it stands, and `told_images` when it was told last about images. `templates` are those that it
+    keeps, by key (None: it never does), `serving` the keys of those that can be forked now, `templates_mib` what all
+    take.
     """
 
     name: str
@@ -61,6 +64,10 @@ class HostState:
     fetches: Mapping[str, Fetch] | None = None
     moved: Mapping[str, float] = field(default_factory=dict)
     told_images: float = float("-inf")
+    templates: Mapping[str, TemplateReport] | None = None
+    serving: frozenset[str] = frozenset()
+    templates_mib: int = 0
+    told_templates: float = float("-inf")
     gpus: tuple[Gpu, ...] = ()
     cpus_offered: float = 0.0
     memory_offered: float = 0.0
@@ -90,7 +97,11 @@ class HostState:
         }
         self.gpus = tuple(gpu for gpu in report.gpus if gpu.offered)
         self.cpus_offered = report.cpus * policy.cpu_overcommit
-        self.memory_offered = max(0.0, (report.memory_mib - policy.host_reserve_mib) * policy.memory_overcommit)
+        self.templates = None if report.templates is None else {each.key: each for each in report.templates}
+        self.serving = frozenset(each.key for each in report.templates or () if each.serving)
+        self.templates_mib = sum(each.mib for each in report.templates or ())
+        memory_mib = report.memory_mib - policy.host_reserve_mib - self.templates_mib
+        self.memory_offered = max(0.0, memory_mib * policy.memory_overcommit)
 
     def take_beat(self, beat: HostBeat, report: HostReport, now: float, policy: Policy) -> HostReport:
         """A small heartbeat came in that stands for `report`; the report with its figures."""

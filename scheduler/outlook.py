@@ -64,7 +64,8 @@ def outlook(
     if rule is None:
         choice = choose(want, fleet.index.walk(want), at)
         if isinstance(choice, Placement):
-            return Forecast(Outlook.NOW, host=choice.host, why=choice.why)
+            instant = want.template in fleet.hosts[choice.host].serving
+            return Forecast(Outlook.NOW, host=choice.host, why=choice.why, instant=instant)
         verdicts = explain(want, fleet.hosts.values(), at)
     order = queue.in_order([session])
     place = next(number for number, entry in enumerate(order, 1) if entry.sid == session.sid)

@@ -85,14 +85,15 @@ def why(host: HostState, policy: Policy) -> str:
 
 
 class Index:
-    """Hosts in the order in which they are tried: those without GPUs first, so that a GPU host is spent on a request
-    without GPU only when nothing else fits; then by score, then by name."""
+    """Hosts in the order in which they are tried: those that have the template which is wanted; those without GPUs, so
+    that a GPU host is spent on a request without GPU only when nothing else fits; then by score, then by name."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self._plain: list[tuple[float, str, HostState]] = []
         self._gpu: list[tuple[float, str, HostState]] = []
-        self._where: dict[str, tuple[list[tuple[float, str, HostState]], float]] = {}
+        self._warm: dict[str, list[tuple[bool, float, str, HostState]]] = {}
+        self._where: dict[str, tuple[list[tuple[float, str, HostState]], float, frozenset[str]]] = {}
 
     def __len__(self) -> int:
         return len(self._where)
@@ -103,19 +104,29 @@ class Index:
         rows, key = self._gpu if host.gpus else self._plain, -host.score
         known = self._where.get(host.name)
         if known is not None:
-            if known == (rows, key):
+            before, old_key, templates = known
+            if before is rows and old_key == key and templates == host.serving:
                 return
-            before, old_key = known
             # No two rows share key and name, so hosts themselves are never compared.
             del before[bisect_left(before, (old_key, host.name, host))]
+            for template in templates:
+                warm = self._warm[template]
+                del warm[bisect_left(warm, (before is self._gpu, old_key, host.name, host))]
         insort(rows, (key, host.name, host))
-        self._where[host.name] = (rows, key)
+        for template in host.serving:
+            insort(self._warm.setdefault(template, []), (rows is self._gpu, key, host.name, host))
+        self._where[host.name] = (rows, key, host.serving)
 
     def walk(self, want: Want) -> Iterator[HostState]:
         """The hosts in order. Those where this session failed before come last."""
         avoided = []
+        for *_, name, host in self._warm.get(want.template, ()):
+            if name not in want.avoid:
+                yield host
         for rows in (self._gpu,) if want.resources.gpus else (self._plain, self._gpu):
             for _, name, host in rows:
+                if want.template in host.serving and name not in want.avoid:
+                    continue  # it was asked already
                 if name in want.avoid:
                     avoided.append(host)
                 else:
@@ -125,10 +136,11 @@ class Index:
             yield from (host for _, _, host in self._plain)  # they are asked for what they say
 
 
-def rank(want: Want, host: HostState) -> tuple[bool, bool, float, str]:
+def rank(want: Want, host: HostState) -> tuple[bool, bool, bool, float, str]:
     """The order of `Index.walk` as a key, for those who look at all hosts; smaller is better."""
     wrong_kind = bool(host.gpus) != bool(want.resources.gpus)
-    return host.name in want.avoid, wrong_kind, -host.score, host.name
+    cold = want.template not in host.serving or host.name in want.avoid
+    return host.name in want.avoid, cold, wrong_kind, -host.score, host.name
 
 
 def choose(want: Want, hosts: Iterable[HostState], at: Moment) -> Placement | NoFit:

@@ -77,6 +77,8 @@ class Policy:
     `spread` prefers the host with the most room, otherwise hosts are filled one after the other.
     `guest_overhead_mib` is what qemu needs beside the guest's own memory; `max_load` is load per CPU. A host unheard
     for more than `fresh_s` gets no new work. Reports of more than `most_cpus` or `most_memory_mib` are not believed.
+    Each instant machine is kept ready on `templates_min` hosts, where all templates together take `templates_share` of
+    the memory at most.
     """
 
     spread: bool = True
@@ -91,6 +93,8 @@ class Policy:
     fresh_s: float = 15.0
     most_cpus: int = 4096
     most_memory_mib: int = 64 << 20
+    templates_min: int = 2
+    templates_share: float = 0.25
     rest: Rest = field(default_factory=Rest)
     pools: tuple[Pool, ...] = ()
     classes: tuple[QueueClass, ...] = ()

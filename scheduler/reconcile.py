@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import GuestReport, HostReport, Phase
-from deskfleet.schemas.session import Event, Outcome, Session, State
+from deskfleet.schemas.session import Birth, Event, Outcome, Session, State
 
 #: Refusals that say nothing about the host: the command was late, and costs the session no attempt.
 NOT_COUNTED = frozenset({Reason.STALE, Reason.FENCED})
@@ -28,6 +28,7 @@ class Step:
     reason: Reason | None = None
     detail: str = ""
     counted: bool = False
+    birth: Birth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def on_guest(session: Session | None, host: str, guest: GuestReport, max_attempt
     if guest.phase is Phase.STOPPING:
         return Step(session, Event.STOP, guest.outcome or Outcome.STOPPED, guest.reason, guest.detail)
     if guest.phase is Phase.RUNNING and session.state is not State.RUNNING:
-        return Step(session, Event.READY)
+        return Step(session, Event.READY, birth=guest.birth)
     if guest.phase is Phase.STARTING and session.state is State.ASSIGNED:
         return Step(session, Event.ACCEPTED)
     if guest.phase is Phase.RUNNING and guest.lifetime_s is not None and guest.lifetime_s < session.lifetime_s:

@@ -99,6 +99,8 @@ class SchedulerSchema(_Section):
     guest_overhead_mib = fields.Int(load_default=96, validate=validate.Range(0))
     disk_reserve_mib = fields.Int(load_default=2048, validate=validate.Range(0))
     max_load = fields.Float(load_default=4.0, validate=validate.Range(0.1, 1000))
+    templates_min = fields.Int(load_default=2, validate=validate.Range(0, 10_000))
+    templates_share = fields.Float(load_default=0.25, validate=validate.Range(0, 1))
     max_sessions = fields.Int(load_default=200, validate=validate.Range(1))
     max_attempts = fields.Int(load_default=3, validate=validate.Range(1, 100))
     max_lifetime_s = fields.Int(load_default=30 * 24 * 3600, validate=validate.Range(60))
@@ -136,7 +138,7 @@ class SchedulerSchema(_Section):
 
 _AS_THEY_ARE = (
     "weights", "cpu_overcommit", "memory_overcommit", "host_reserve_mib", "guest_overhead_mib", "disk_reserve_mib",
-    "max_load", "max_sessions", "rest", "user_caps",
+    "max_load", "max_sessions", "rest", "user_caps", "templates_min", "templates_share",
 )  # fmt: skip
 
 

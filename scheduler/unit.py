@@ -17,13 +17,16 @@ from deskfleet.schemas.messages import (
     HostFence,
     HostImages,
     HostInventory,
+    HostTemplates,
     PlacementAnswered,
     SessionChanged,
+    TemplateOrdered,
     VmExtend,
     VmStart,
     VmStop,
 )
 from deskfleet.schemas.session import Event, Outcome, Session, State, advance, place
+from deskfleet.schemas.template import fitting
 from deskfleet.schemas.verdict import Verdict
 from deskfleet.schemas.wire import encode
 
@@ -63,7 +66,8 @@ class Unit:
             IllegalTransition, Conflict: the step was decided on a picture that no longer holds.
         """
         after = advance(step.session, step.event, outcome=step.outcome, reason=step.reason, detail=step.detail)
-        return self._save(step.session, replace(after, attempt=after.attempt + int(step.counted)), step.event, verdicts)
+        after = replace(after, attempt=after.attempt + int(step.counted), birth=step.birth or after.birth)
+        return self._save(step.session, after, step.event, verdicts)
 
     def _save(self, before: Session, after: Session, event: Event, verdicts: Sequence[Verdict] = ()) -> Session:
         # A guest that may run longer, or of which something is told, has begun to run when it did.
@@ -94,6 +98,7 @@ class Unit:
         self._claim(host)
 
     def _command(self, session: Session, machine: Machine) -> Session:
+        blueprint = fitting(machine, session.resources, session.groups)
         self.send_host(
             session.host,
             VmStart(
@@ -114,6 +119,7 @@ class Unit:
                 connect_s=self._limits.connect_s,
                 idle_s=self._limits.idle_s,
                 drivers=machine.drivers,
+                template=blueprint.key if blueprint else "",
             ),
         )
         return session
@@ -152,7 +158,9 @@ class Unit:
         )
 
     def send_host(
-        self, host: str, message: VmStart | VmStop | VmExtend | HostFence | HostImages | HostInventory
+        self,
+        host: str,
+        message: VmStart | VmStop | VmExtend | HostFence | HostImages | HostInventory | HostTemplates | TemplateOrdered,
     ) -> None:
         """Queue a command for a host."""
         kind, body = encode(message)

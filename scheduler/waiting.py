@@ -4,7 +4,7 @@ own: it works on a `Unit`."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
 from operator import itemgetter
@@ -17,11 +17,13 @@ from deskfleet.scheduler.placement import NoFit, choose, explain
 from deskfleet.scheduler.plan import reserve, starts
 from deskfleet.scheduler.policy import Policy
 from deskfleet.scheduler.stats import Stats
+from deskfleet.scheduler.templates import Templates
 from deskfleet.scheduler.turns import capped, in_order
 from deskfleet.scheduler.unit import Unit
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.machine import Machine
 from deskfleet.schemas.session import Session
+from deskfleet.schemas.template import fitting
 from deskfleet.schemas.verdict import Verdict
 
 #: So many of the queue get an estimate; for those behind them too much can happen.
@@ -62,6 +64,7 @@ class Queue:
         self._explain_s = explain_s
         self._stats = stats
         self.images = Images(fleet, machines, explain_s)
+        self.templates = Templates(fleet, machines, policy.templates_min, policy.templates_share, explain_s)
         #: Set by whatever may let somebody start.
         self.soon = True
         self.waited: dict[str, float] = {}  # sid -> seconds in the queue
@@ -82,6 +85,7 @@ class Queue:
 
     def want(self, session: Session, machine: Machine) -> Want:
         """What a session needs from a host."""
+        blueprint = fitting(machine, session.resources, session.groups)
         failed_on = frozenset(verdict.host for verdict in self.failures.get(session.sid, ()))
         return Want(
             sid=session.sid,
@@ -92,6 +96,7 @@ class Queue:
             admitted=self._policy.admitted(session.groups),
             confined=self._policy.confined(session.groups),
             avoid=failed_on,
+            template=blueprint.key if blueprint else "",
         )
 
     def in_order(self, more: Iterable[Session] = ()) -> list[Session]:
@@ -118,7 +123,7 @@ class Queue:
         order = self.in_order()
         if not order:
             self._reserved.clear()
-            self.images.seek((), self.moment(now))
+            self._seek((), self.moment(now))
             return
         machines = self._machines()
         owners = {entry.sid for entry, made in self._reserved.values() if entry and now - made < _REPLAN_S}
@@ -151,8 +156,12 @@ class Queue:
                 refused.add(at.shape(want))
                 at = self._keep_room(want, at, plans)
             blocked.append(Blocked(session, want))
-        self.images.seek((entry.want for entry in blocked if entry.want), at)
+        self._seek([entry.want for entry in blocked if entry.want], at)
         self._tell(unit, blocked, at)
+
+    def _seek(self, wants: Sequence[Want], at: Moment) -> None:
+        self.images.seek(wants, at)
+        self.templates.seek(wants, at)
 
     def _keep_room(self, want: Want, at: Moment, plans: Counter[str | None]) -> Moment:
         """Keep room for the first of its kind that can't start now and that some lease end will let start."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 
 from deskfleet.schemas.errors import Reason
-from deskfleet.schemas.session import Outcome
-from deskfleet.schemas.template import Birth, TemplateReport
+from deskfleet.schemas.session import Birth, Outcome
+from deskfleet.schemas.template import TemplateReport
 
 HOST = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 

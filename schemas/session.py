@@ -91,13 +91,24 @@ class Resources:
     gpu_model: str = ""
 
 
+class Birth(StrEnum):
+    """How a guest came to be: forked from a template, or booted, and why not forked."""
+
+    FORKED = "forked"
+    BOOTED = "booted"
+    NO_TEMPLATE = "no_template"
+    TEMPLATE_RESTS = "template_rests"
+    FORK_FAILED = "fork_failed"
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """One launch request and what became of it.
 
     Times are UNIX seconds for display only; no decision compares them. `generation` is the number under which the
     host was told to start it (0 while unplaced); `attempt` counts placements whose failure was the host's.
-    `groups` are the person's at the time of the request; `queue_class` is the class that it waits in.
+    `groups` are the person's at the time of the request; `queue_class` is the class that it waits in. `birth` is how it
+    came to be, once it runs.
     """
 
     sid: str
@@ -118,6 +129,7 @@ class Session:
     waited_s: float = 0.0
     groups: tuple[str, ...] = ()
     queue_class: str = ""
+    birth: Birth | None = None
     created_at: float = 0.0
     changed_at: float = 0.0
 
@@ -163,7 +175,7 @@ def advance(
         detail = session.detail or detail
     changed = replace(session, state=state, outcome=outcome, reason=reason, detail=detail)
     if state is State.QUEUED:
-        return replace(changed, host="", generation=0, gpu_addresses=(), outcome=None)
+        return replace(changed, host="", generation=0, gpu_addresses=(), outcome=None, birth=None)
     return changed
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 
 from deskfleet.schemas.machine import Drivers, Firmware, Format, Machine, Os, ReadyBy, Share, Video
-from deskfleet.schemas.session import Resources
+from deskfleet.schemas.session import Birth, Resources
 
 KEY = re.compile(r"[0-9a-f]{16}")
 
@@ -62,11 +62,17 @@ class Blueprint:
         )
 
 
-def tenant(machine: Machine, groups: Iterable[str]) -> str:
-    """For whom a template of this machine is that a person with these groups may be given."""
-    if machine.instant is None or machine.instant.share is not Share.GROUP:
-        return ""
-    return min(set(groups) & set(machine.groups), default="")
+def tenants(machine: Machine) -> tuple[str, ...]:
+    """Whom templates of a machine are for, each for one."""
+    if machine.instant is None:
+        return ()
+    return machine.groups if machine.instant.share is Share.GROUP else ("",)
+
+
+def tenant(machine: Machine, groups: Iterable[str]) -> str | None:
+    """Of those, who a person with these groups belongs to; None: there is no template for such a person."""
+    known = tenants(machine)
+    return "" if "" in known else min(set(groups) & set(known), default=None)
 
 
 def blueprints(machine: Machine, tenant: str = "") -> tuple[Blueprint, ...]:
@@ -98,7 +104,8 @@ def blueprints(machine: Machine, tenant: str = "") -> tuple[Blueprint, ...]:
 
 def fitting(machine: Machine, want: Resources, groups: Iterable[str]) -> Blueprint | None:
     """The template to fork for this size: the largest that can grow to it. None: boot it."""
-    found = [blueprint for blueprint in blueprints(machine, tenant(machine, groups)) if blueprint.grows_to(want)]
+    mine = tenant(machine, groups)
+    found = [each for each in blueprints(machine, mine) if each.grows_to(want)] if mine is not None else []
     return found[-1] if found else None
 
 
@@ -137,16 +144,6 @@ class TemplateReport:
 
 #: How many templates stand in one report, and how many a host is told to keep.
 MOST_TEMPLATES = 200
-
-
-class Birth(StrEnum):
-    """How a guest came to be: forked from a template, or booted, and why not forked."""
-
-    FORKED = "forked"
-    BOOTED = "booted"
-    NO_TEMPLATE = "no_template"
-    TEMPLATE_RESTS = "template_rests"
-    FORK_FAILED = "fork_failed"
 
 
 class TemplateOrder(StrEnum):

@@ -39,9 +39,10 @@ class Outlook(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What would become of a request. NOW: on `host`, `why` says what spoke for it. WAITS: at `place` of the queue (1 =
-    next), for about `estimate_s` seconds at most (None: unknown). NEVER: `why` says so, `largest` is the largest size
-    of this machine that some host could give (None: none at all)."""
+    """What would become of a request. NOW: on `host`, `why` says what spoke for it; `instant` when it is forked there
+    from a template. WAITS: at `place` of the queue (1 = next), for about `estimate_s` seconds at most (None: unknown).
+    NEVER: `why` says so, `largest` is the largest size of this machine that some host could give (None: none at all).
+    """
 
     outlook: Outlook
     host: str = ""
@@ -50,3 +51,4 @@ class Forecast:
     why: str = ""
     largest: Resources | None = None
     verdicts: tuple[Verdict, ...] = ()
+    instant: bool = False

@@ -149,6 +149,7 @@ class ForecastSchema(Wire):
     why = text_field(4000)
     largest = fields.Nested(ResourcesSchema, required=True, allow_none=True)
     verdicts = Tuple(fields.Nested(VerdictSchema), 10_000)
+    instant = fields.Bool(load_default=False, truthy={True}, falsy={False})
 
 
 class PlacementAnsweredSchema(Wire):

@@ -18,8 +18,8 @@ from deskfleet.schemas.host import (
 )
 from deskfleet.schemas.machine import DIGEST, NAME
 from deskfleet.schemas.messages import ADDRESS, INVENTORY, PCI_ADDRESS
-from deskfleet.schemas.session import Outcome
-from deskfleet.schemas.template import KEY, MOST_TEMPLATES, Birth, TemplateReport, TemplateState
+from deskfleet.schemas.session import Birth, Outcome
+from deskfleet.schemas.template import KEY, MOST_TEMPLATES, TemplateReport, TemplateState
 from deskfleet.schemas.wire_fields import (
     Tuple,
     Wire,

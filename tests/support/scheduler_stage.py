@@ -20,18 +20,17 @@ from deskfleet.scheduler.decisions import Settings
 from deskfleet.schemas import topology
 from deskfleet.schemas.host import GuestReport, HostReport, Phase
 from deskfleet.schemas.messages import (
-    DrainRequested,
-    HostDeclaredDead,
     HostFence,
     HostImages,
+    HostTemplates,
     LaunchRequested,
     Message,
-    StopRequested,
+    TemplateOrdered,
     VmReport,
     VmStart,
     VmStop,
 )
-from deskfleet.schemas.session import Outcome, Resources, Session
+from deskfleet.schemas.session import Birth, Outcome, Resources, Session
 from deskfleet.schemas.wire import decode, encode
 
 _SCHEDULER_QUEUES = tuple(queue.name for queue in topology.core().queues if queue.name != topology.DEAD)
@@ -40,8 +39,9 @@ _SCHEDULER_QUEUES = tuple(queue.name for queue in topology.core().queues if queu
 class FakeHost:
     """One host: it starts what it is told above the highest number it has seen, and lists it.
 
-    `starts`, `stops`, `fences` and `images` are the commands it was given. `report` is what it says about itself; a
-    test may change it. While `deaf` it is cut off: it neither hears nor speaks, and its guests run on.
+    `starts`, `stops`, `fences`, `images`, `templates` and `orders` are the commands it was given. `report` is what it
+    says about itself; a test may change it. While `deaf` it is cut off: it neither hears nor speaks, and its guests go
+    on.
     """
 
     def __init__(self, stage: Stage, name: str, **changes: object) -> None:
@@ -56,6 +56,9 @@ class FakeHost:
         self.stops: list[VmStop] = []
         self.fences: list[HostFence] = []
         self.images: list[HostImages] = []
+        self.templates: list[HostTemplates] = []
+        self.orders: list[TemplateOrdered] = []
+        self.born: Birth | None = None
         stage.broker.declare(topology.EXCHANGES_ONLY + topology.for_host(name))
         self.bus = stage.broker.connect(f"agent-{name}", lambda action: action())
         self.bus.consume(topology.host_queue(name), self._on_delivery)
@@ -103,12 +106,17 @@ class FakeHost:
         elif isinstance(message, HostImages):
             self.images.append(message)
             self.report = replace(self.report, catalogue=message.digest)
+        elif isinstance(message, HostTemplates):
+            self.templates.append(message)
+            self.report = replace(self.report, blueprints=message.digest)
+        elif isinstance(message, TemplateOrdered):
+            self.orders.append(message)
         elif isinstance(message, VmStart):
             self.starts.append(message)
             if message.generation > self.report.last_generation:
                 self._passed(message.generation)
                 known = self.guests.get(message.sid)
-                guest = known or GuestReport(message.sid, message.generation, Phase.RUNNING, True)
+                guest = known or GuestReport(message.sid, message.generation, Phase.RUNNING, True, birth=self.born)
                 self.tell(replace(guest, generation=message.generation))
         elif isinstance(message, VmStop):
             self.stops.append(message)
@@ -184,7 +192,7 @@ class Stage:
         made.beat()
         return made
 
-    def ask(self, message: LaunchRequested | StopRequested | DrainRequested | HostDeclaredDead) -> None:
+    def ask(self, message: Message) -> None:
         """Somebody wants something."""
         kind, body = encode(message)
         self._people.publish(Outgoing(topology.COMMANDS, "scheduler", kind, body)).result()

@@ -38,8 +38,8 @@ from deskfleet.schemas.messages import (
     VmLook,
     VmPicture,
 )
-from deskfleet.schemas.session import Outcome
-from deskfleet.schemas.template import Birth, TemplateOrder, TemplateReport, TemplateState
+from deskfleet.schemas.session import Birth, Outcome
+from deskfleet.schemas.template import TemplateOrder, TemplateReport, TemplateState
 from deskfleet.schemas.wire import decode, decode_as, encode
 
 S = "a" * 32

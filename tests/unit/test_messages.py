@@ -53,8 +53,8 @@ from deskfleet.schemas.messages import (
     VmStart,
     VmStop,
 )
-from deskfleet.schemas.session import Outcome, Resources, State
-from deskfleet.schemas.template import Birth, Blueprint, TemplateOrder, TemplateReport, TemplateState
+from deskfleet.schemas.session import Birth, Outcome, Resources, State
+from deskfleet.schemas.template import Blueprint, TemplateOrder, TemplateReport, TemplateState
 from deskfleet.schemas.verdict import Forecast, Outlook, Verdict
 from deskfleet.schemas.wire import REGISTRY, decode, decode_as, encode
 

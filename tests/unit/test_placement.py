@@ -18,6 +18,7 @@ from deskfleet.scheduler.placement import MOST_VERDICTS, NoFit, Placement, choos
 from deskfleet.scheduler.policy import Policy, Pool, Weights
 from deskfleet.schemas.errors import SENTENCES, Reason
 from deskfleet.schemas.host import Fetch, FetchState, HostBeat
+from deskfleet.schemas.template import TemplateReport, TemplateState
 
 LAB = Pool("lab", ("h1", "lab-*"), ("fast",), ("staff",), exclusive=True)
 COURSE = Pool("course", ("h2",), (), ("students",), confine=True)
@@ -234,8 +235,17 @@ def test_the_index_always_answers_as_a_look_at_every_host_does(seed: int, spread
     for number in range(12):
         gpus = rng.choice([(), (), (gpu(1),), (gpu(1), gpu(2, "T4"))])
         state = host(rng.choice(["h", "lab-"]) + str(number), policy=policy, draining=rng.random() < 0.1)
+        ready = rng.choice([(), (), ("t1",), ("t1", "t2")])
+        templates = tuple(TemplateReport(key, "tiny", "", 1, 64, TemplateState.READY, serving=True) for key in ready)
         state.take(
-            report(state.name, seq=2, gpus=gpus, load1=rng.uniform(0, 40), memory_free_mib=rng.randint(0, 16384)),
+            report(
+                state.name,
+                seq=2,
+                gpus=gpus,
+                load1=rng.uniform(0, 40),
+                memory_free_mib=rng.randint(0, 16384),
+                templates=templates,
+            ),
             NOW - rng.choice([0, 0, 0, 20]),
             policy,
         )
@@ -252,6 +262,7 @@ def test_the_index_always_answers_as_a_look_at_every_host_does(seed: int, spread
             admitted=policy.admitted(["staff"] if staff else []),
             labels=frozenset({"fast"}) if rng.random() < 0.2 else frozenset(),
             avoid=frozenset(rng.sample([state.name for state in hosts], 2)),
+            template=rng.choice(["", "t1", "t2"]),
         )
         best = naive(wanted, hosts, moment(policy))
         answer = choose(wanted, made.walk(wanted), moment(policy))
