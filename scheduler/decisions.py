@@ -23,7 +23,9 @@ from deskfleet.schemas.messages import (
     ExtendRequested,
     HostDeclaredDead,
     HostFence,
+    HostImages,
     HostInventory,
+    HostTemplates,
     LaunchRequested,
     Message,
     PlacementAnswered,
@@ -329,7 +331,10 @@ class Decisions:
         if self._fleet.waiting():
             work.append(lambda unit: self.queue.run(unit, now))
         fresh_s = self._settings.policy.fresh_s
-        for message in (*self.queue.images.due(now, fresh_s), *self.queue.templates.due(now, fresh_s)):
+        told: list[HostImages | HostTemplates] = []
+        told += self.queue.images.due(now, fresh_s)
+        told += self.queue.templates.due(now, fresh_s)
+        for message in told:
             work.append(partial(Unit.send_host, host=message.host, message=message))
         return work
 
