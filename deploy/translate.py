@@ -17,11 +17,13 @@ from babel.messages.pofile import read_po, write_po
 
 from deskfleet.portal.languages import ENGLISH, NAMES, TRANSLATIONS
 from deskfleet.schemas.errors import SENTENCES
+from deskfleet.schemas.template import BIRTHS
 
 ROOT = Path(__file__).parents[1]
 _METHODS = [("**.py", "python"), ("templates/**.html", "jinja2")]
 _KEYWORDS = {"_": None, "gettext": None, "N_": None, "ngettext": (1, 2)}
 _SENTENCES = "schemas/errors.py"
+_BIRTHS = "schemas/template.py"
 _HEADER = """\
 # Texts of Deskfleet in another language; deploy/translate.py keeps them in step with the code.
 # French typography: ’ is the apostrophe, a narrow no-break space (U+202F) stands before ; ! ? %, a no-break space
@@ -41,6 +43,8 @@ def collect() -> Catalog:
         found.setdefault(message, set()).add(f"portal/{file}")
     for sentence in SENTENCES.values():
         found.setdefault(sentence, set()).add(_SENTENCES)
+    for sentence in BIRTHS.values():
+        found.setdefault(sentence, set()).add(_BIRTHS)
     catalog = Catalog(project="deskfleet", charset="utf-8", fuzzy=False)
     for message, files in sorted(found.items(), key=lambda item: (min(item[1]), str(item[0]))):
         flags = ["python-format"] if "%(" in str(message) else []

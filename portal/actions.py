@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+import threading
+import time
 
 from deskfleet.portal import words
 from deskfleet.portal.desktops import Desktop
@@ -15,8 +17,13 @@ from deskfleet.portal.shares import Audience, Share
 from deskfleet.portal.throttle import counters
 from deskfleet.portal.web import client_address, grant, mine, own_desktop, person, someone
 from deskfleet.schemas.messages import LaunchRequested
+from deskfleet.schemas.template import TemplateOrder
 from deskfleet.schemas.tickets import LIFETIME_S, Mode, Ticket
 from deskfleet.schemas.verdict import Forecast
+
+#: So many threads wait for desktops that are forked, each for so many looks.
+_waiting = threading.BoundedSemaphore(4)
+_LOOKS, _LOOK_S = 50, 0.02
 
 #: Unanswered requests that one person may have: enough for a class, too few to fill the disk.
 MOST_WAITING = 20
@@ -193,6 +200,29 @@ def shared_ticket(found: Share) -> dict[str, object]:
     desktop = shared_desktop(found)
     services().audit.note(who.user if who else "guest", client_address(), "shared console", found.sid, found.name)
     return _ticket(desktop, who.user if who else "guest", found.grant)
+
+
+def runs_soon(sid: str) -> bool:
+    """Whether a desktop that was just asked for runs within a second: one that is forked does, and then nobody needs to
+    be shown how it starts. A few threads of the portal at most wait like that; who comes then watches the page."""
+    if not _waiting.acquire(blocking=False):
+        return False
+    try:
+        for _ in range(_LOOKS):
+            desktop = services().desktops.find(sid)
+            if desktop is None or not desktop.waiting:
+                return desktop is not None and desktop.running and not desktop.host_silent
+            time.sleep(_LOOK_S)
+    finally:
+        _waiting.release()
+    return False
+
+
+def order_template(host: str, key: str, order: TemplateOrder) -> None:
+    """Have a host's template made anew, or removed. Raises Problem."""
+    who = person()
+    services().fleet.order_template(host, key, order, who.user)
+    services().audit.note(who.user, client_address(), f"{order} template", host, key)
 
 
 def drain(host: str, draining: bool, text: str = "") -> None:

@@ -14,6 +14,7 @@ from deskfleet.portal.languages import gettext
 from deskfleet.portal.services import services
 from deskfleet.portal.views import checked
 from deskfleet.portal.web import admin_only
+from deskfleet.schemas.template import TemplateOrder
 from deskfleet.schemas.topology import SCHEDULER_COMMANDS
 
 Answer = str | tuple[str, int] | Response
@@ -93,6 +94,18 @@ def undrain(host: str) -> Response:
     """Use a host again."""
     actions.drain(host, False)
     return redirect(url_for("admin.page"), 303)
+
+
+@admin.post("/hosts/<host>/templates/<key>")
+@admin_only
+def order_template(host: str, key: str) -> Answer:
+    """Have a template made anew, or removed."""
+    try:
+        order = TemplateOrder(request.form.get("order", ""))
+    except ValueError:
+        raise Problem(Refused.BAD_FIELDS) from None
+    actions.order_template(host, key, order)
+    return redirect(url_for("admin.host_page", host=host), 303)
 
 
 @admin.post("/hosts/<host>/declare-dead")

@@ -27,10 +27,19 @@ from deskfleet.portal.shares import Share
 from deskfleet.portal.web import admin_only, by_token, client_address, own_desktop, person, public
 from deskfleet.schemas.machine import Machine
 from deskfleet.schemas.messages import Console
+from deskfleet.schemas.template import TemplateOrder
 
 _SID = re.compile(r"[0-9a-f]{32}")
 _DAY_S = 24 * 3600
-_NOBODY_KNOWS = {"outlook": "unknown", "host": "", "place": 0, "estimate_s": None, "why": "", "largest": None}
+_NOBODY_KNOWS = {
+    "outlook": "unknown",
+    "host": "",
+    "place": 0,
+    "estimate_s": None,
+    "why": "",
+    "largest": None,
+    "instant": False,
+}
 
 
 class _Parser(FlaskParser):
@@ -248,6 +257,15 @@ def drain(asked: dict[str, str], host: str) -> None:
 def undrain(host: str) -> None:
     """Place desktops on a host again. For administrators."""
     actions.drain(host, False)
+
+
+@blueprint.post("/hosts/<host>/templates/<key>")
+@admin_only
+@blueprint.arguments(api_schemas.TemplateOrderSchema)
+@blueprint.response(204)
+def order_template(asked: dict[str, TemplateOrder], host: str, key: str) -> None:
+    """Have a host's template made anew, or removed; what was forked from it runs on. For administrators."""
+    actions.order_template(host, key, asked["order"])
 
 
 @blueprint.post("/hosts/<host>/declare-dead")

@@ -9,6 +9,7 @@ from marshmallow import RAISE, Schema, fields, post_load, validate
 from deskfleet.portal.fleet import LONGEST_TEXT
 from deskfleet.portal.launching import Wish
 from deskfleet.portal.shares import Audience
+from deskfleet.schemas.template import TemplateOrder, TemplateState
 
 _MOST = 1 << 40
 
@@ -126,7 +127,8 @@ class ResourcesSchema(Schema):
 
 class SessionSchema(Schema):
     """A desktop. `unsure`: the records can't be read now, so this is what was true last. `host_silent`: its host does
-    not answer, so nobody knows whether it is still in this `state`. `host_message`: what people on it are told."""
+    not answer, so nobody knows whether it is still in this `state`. `host_message`: what people on it are told.
+    `birth`: forked, or booted and why, once it runs."""
 
     sid = fields.Str()
     user = fields.Str()
@@ -148,6 +150,7 @@ class SessionSchema(Schema):
     unsure = fields.Bool()
     host_silent = fields.Bool()
     host_message = fields.Str()
+    birth = fields.Str()
 
 
 class VerdictSchema(Schema):
@@ -179,8 +182,9 @@ class StorySchema(SessionSchema):
 
 
 class ForecastSchema(Schema):
-    """What would become of a launch. `outlook` is now, waits, never, or unknown when the scheduler does not say.
-    `largest` is the largest size of the machine that some host could give (null: none)."""
+    """What would become of a launch. `outlook` is now, waits, never, or unknown when the scheduler does not say. With
+    `instant` it is forked from a machine that is kept ready. `largest` is the largest size of the machine that some
+    host could give (null: none)."""
 
     machine = fields.Str()
     resources = fields.Nested(ResourcesSchema)
@@ -192,6 +196,7 @@ class ForecastSchema(Schema):
     why = fields.Str()
     largest = fields.Nested(ResourcesSchema, allow_none=True)
     verdicts = fields.List(fields.Nested(VerdictSchema))
+    instant = fields.Bool()
 
 
 class SessionListSchema(Schema):
@@ -219,6 +224,32 @@ class GpuSchema(Schema):
     problem = fields.Str()
 
 
+class TemplateSchema(Schema):
+    """A machine that a host keeps ready to be forked. `mib` is the memory that it takes, `made_at` UNIX seconds (0: not
+    made), `forks` how many desktops run on it; `hits` and `misses` are launches that were forked, and that had to
+    boot."""
+
+    key = fields.Str()
+    machine = fields.Str()
+    tenant = fields.Str()
+    cpus = fields.Int()
+    memory_mib = fields.Int()
+    state = fields.Enum(TemplateState, by_value=True)
+    serving = fields.Bool()
+    mib = fields.Int()
+    made_at = fields.Int()
+    forks = fields.Int()
+    hits = fields.Int()
+    misses = fields.Int()
+    detail = fields.Str()
+
+
+class TemplateOrderSchema(Input):
+    """What is to become of a template."""
+
+    order = fields.Enum(TemplateOrder, required=True, by_value=True)
+
+
 class ReportSchema(Schema):
     """What a host said of itself last."""
 
@@ -234,6 +265,7 @@ class ReportSchema(Schema):
     gpus = fields.List(fields.Nested(GpuSchema))
     problems = fields.List(fields.Str())
     version = fields.Str()
+    templates = fields.List(fields.Nested(TemplateSchema), allow_none=True)
 
 
 class HostSchema(Schema):

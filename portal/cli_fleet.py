@@ -9,6 +9,7 @@ import click
 from deskfleet.portal import cli_admin, cli_enrol, words
 from deskfleet.portal.cli_common import Refusal, printable, table
 from deskfleet.portal.cli_portal import Portal, part, remote, show
+from deskfleet.schemas.template import TemplateOrder
 
 
 @click.command()
@@ -62,18 +63,37 @@ def _change(portal: Portal, as_json: bool, name: str, verb: str, body: dict[str,
 @click.argument("name")
 @remote
 def show_host(portal: Portal, as_json: bool, name: str) -> None:
-    """One host, and the images that it holds or fetches."""
+    """One host, the images that it holds or fetches, and what it keeps ready."""
     content = portal.call("GET", f"/hosts/{part(name)}")
     fields = ("HOST", "STATE", "HEARD", "GUESTS", "CPUS", "LOAD", "FREE MIB", "PROBLEMS")
     rows = [
         (i["sha256"][:12], ", ".join(i["machines"]), words.image_state(i["state"], i["percent"], i["mib"], i["detail"]))
         for i in content["images"]
     ]
-    show(
-        as_json,
-        content,
-        lambda: "\n".join([table(fields, [_host(content)]), "", table(("IMAGE", "MACHINES", "STATE"), rows)]),
-    )
+    ready = [_template(t) for t in (content["report"] or {}).get("templates") or ()]
+    parts = [table(fields, [_host(content)]), "", table(("IMAGE", "MACHINES", "STATE"), rows)]
+    if ready:
+        parts += ["", table(("TEMPLATE", "MACHINE", "SIZE", "STATE", "MIB", "FORKS", "HITS", "MISSES", "WHY"), ready)]
+    show(as_json, content, lambda: "\n".join(parts))
+
+
+def _template(found: dict[str, Any]) -> tuple[object, ...]:
+    size = f"{found['cpus']} CPUs, {found['memory_mib']} MiB"
+    machine = f"{found['machine']} ({found['tenant']})" if found["tenant"] else found["machine"]
+    figures = found["mib"], found["forks"], found["hits"], found["misses"]
+    return found["key"], machine, size, found["state"], *figures, found["detail"]
+
+
+@host.command("template")
+@click.argument("order", type=click.Choice([order.value for order in TemplateOrder]))
+@click.argument("name")
+@click.argument("key")
+@remote
+def template(portal: Portal, as_json: bool, order: str, name: str, key: str) -> None:
+    """Have a host's template made anew, or removed; `host show` lists them with their keys."""
+    portal.call("POST", f"/hosts/{part(name)}/templates/{part(key)}", {"order": order})
+    sentence = "is made anew; the old one serves until then." if order == TemplateOrder.REBUILD else "is removed."
+    show(as_json, {"host": name, "template": key, "asked": order}, lambda: printable(f"{key} on {name} {sentence}"))
 
 
 @host.command()

@@ -38,7 +38,8 @@ class Desktop:
     `state` is a session's state, or "saved" / "sent" while the scheduler is not known to have the request. `sentence`
     says it in words. `unsure` means that the ledger can't be read, so this is what was true last. `host_silent` means
     that its host does not answer, so that nobody knows how it is; `host_message` is what the administrator tells the
-    people on that host. `wait` is what keeps it waiting, for one that was looked up by itself.
+    people on that host. `birth` is how it came to be, once it runs. `wait` is what keeps it waiting, for one that was
+    looked up by itself.
     """
 
     sid: str
@@ -61,6 +62,7 @@ class Desktop:
     unsure: bool = False
     host_silent: bool = False
     host_message: str = ""
+    birth: str = ""
     wait: Wait | None = None
 
     @property
@@ -233,6 +235,7 @@ class Desktops:
             stop_asked=stop_asked,
             host_silent=host.silent if host else False,
             host_message=host.message if host else "",
+            birth=session.birth.value if session.birth else "",
         )
 
     def _from_request(self, request: Request) -> Desktop:

@@ -23,7 +23,8 @@ from deskfleet.runtime.bus import AccessRefused, Bus, BusDown, BusError, Outgoin
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.host import Host, HostReport, Phase
 from deskfleet.schemas.machine import Machine
-from deskfleet.schemas.messages import DrainRequested, ExtendRequested, HostDeclaredDead
+from deskfleet.schemas.messages import DrainRequested, ExtendRequested, HostDeclaredDead, TemplateOrdered
+from deskfleet.schemas.template import TemplateOrder
 from deskfleet.schemas.topology import COMMANDS, DEAD, SCHEDULER_COMMANDS, SCHEDULER_QUESTIONS, core, host_queue
 from deskfleet.schemas.wire import encode
 
@@ -236,6 +237,14 @@ class Fleet:
         """Tell the scheduler that a host does not run: what ran there is given up. Raises Problem as drain() does."""
         self._change(HostDeclaredDead(host, actor))
 
+    def order_template(self, host: str, key: str, order: TemplateOrder, actor: str) -> None:
+        """Ask the scheduler to have a host's template made anew or removed. Raises Problem as drain() does, and when
+        the host has no such template."""
+        report = self.host(host).report
+        if report is None or key not in {template.key for template in report.templates or ()}:
+            raise Problem(Refused.NOT_FOUND)
+        self._send(TemplateOrdered(host, key, order, actor))
+
     def extend(self, sid: str, actor: str, admin: bool, lifetime_s: int) -> None:
         """Ask the scheduler to let a running desktop last `lifetime_s` seconds in all. Raises Problem when the queue
         did not take the message."""
@@ -245,7 +254,7 @@ class Fleet:
         self.host(message.host)
         self._send(message)
 
-    def _send(self, message: DrainRequested | HostDeclaredDead | ExtendRequested) -> None:
+    def _send(self, message: DrainRequested | HostDeclaredDead | ExtendRequested | TemplateOrdered) -> None:
         kind, body = encode(message)
         try:
             self._bus.publish(Outgoing(COMMANDS, "scheduler", kind, body)).result(_PATIENCE_S)

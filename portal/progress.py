@@ -6,6 +6,7 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 
+from deskfleet.portal import words
 from deskfleet.portal.desktops import Desktop, Story
 from deskfleet.portal.languages import N_, gettext
 from deskfleet.portal.words import ordinal
@@ -30,11 +31,13 @@ _EVENTS = {Event.PLACE: 2, Event.ACCEPTED: 3, Event.READY: 4}
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage: "done", "current" (waited for) or "ahead"; `after_s` is when it was reached, from the click."""
+    """One stage: "done", "current" (waited for) or "ahead"; `after_s` is when it was reached, from the click, `note`
+    how."""
 
     name: str
     status: str
     after_s: float | None
+    note: str = ""
 
     @property
     def counted(self) -> bool:
@@ -64,6 +67,7 @@ def stages(story: Story, now: float) -> list[Stage]:
             status = "current"
         at = times[number] if status == "done" else now if status == "current" else None
         found.append(Stage(gettext(name), status, None if at is None else max(0.0, at - since)))
+    found[-1] = replace(found[-1], note=words.birth(desktop.birth))
     return found
 
 

@@ -141,6 +141,8 @@ def machine(name: str) -> Page:
         if problem.reason in (Refused.STALE_FORM, Refused.SID_TAKEN):
             seal = parts.seals.mint(who.user, name)
         return _form(entry, seal, problem), int(problem.status)
+    if entry.instant and actions.runs_soon(sid):
+        return redirect(url_for("pages.desktop", sid=sid), 303)
     return redirect(url_for("pages.progress_page", sid=sid), 303)
 
 

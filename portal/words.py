@@ -10,7 +10,8 @@ from babel.numbers import format_decimal
 from deskfleet.portal import details
 from deskfleet.portal.languages import N_, gettext, language, ngettext
 from deskfleet.schemas.errors import SENTENCES, Reason
-from deskfleet.schemas.session import Outcome, Resources, State
+from deskfleet.schemas.session import Birth, Outcome, Resources, State
+from deskfleet.schemas.template import BIRTHS, TemplateState
 from deskfleet.schemas.verdict import Forecast, Outlook
 
 OUTCOMES: dict[Outcome, str] = {
@@ -37,6 +38,16 @@ STATES: dict[str, str] = {
     State.RUNNING: N_("running"),
     State.STOPPING: N_("stopping"),
     State.ENDED: N_("ended"),
+}
+
+_TEMPLATES: dict[TemplateState, str] = {
+    TemplateState.WAITING: N_("waits to be made"),
+    TemplateState.BUILDING: N_("is being made"),
+    TemplateState.TESTING: N_("is being tried"),
+    TemplateState.READY: N_("ready"),
+    TemplateState.RESTING: N_("rests: forks of it failed"),
+    TemplateState.FAILED: N_("could not be made"),
+    TemplateState.DROPPED: N_("dropped"),
 }
 
 
@@ -67,6 +78,16 @@ def cause(name: str) -> str:
 def reason(found: Reason | None) -> str:
     """The sentence of a reason; empty when there is none."""
     return gettext(SENTENCES[found]) if found else ""
+
+
+def birth(name: str) -> str:
+    """How a desktop came to be; empty while that is not known."""
+    return gettext(BIRTHS[Birth(name)]) if name else ""
+
+
+def template_state(state: TemplateState) -> str:
+    """How far a host is with a template."""
+    return gettext(_TEMPLATES[state])
 
 
 def number(value: float) -> str:
@@ -127,7 +148,7 @@ def forecast(found: Forecast | None) -> str:
     if found is None:
         return gettext("Whether it starts at once can't be told right now.")
     if found.outlook is Outlook.NOW:
-        return gettext("Starts now")
+        return gettext("Ready at once") if found.instant else gettext("Starts now")
     if found.outlook is Outlook.NEVER:
         if found.largest:
             return gettext("Never fits: the largest is %(size)s", size=size(found.largest, ", "))

@@ -88,6 +88,7 @@ ACCESS = {
     "admin.host_page": "admin",
     "admin.drain": "admin",
     "admin.declare_dead": "admin",
+    "admin.order_template": "admin",
     "admin.undrain": "admin",
     "admin.stop": "admin",
     "api.machines": "person",
@@ -105,6 +106,7 @@ ACCESS = {
     "api.one_host": "admin",
     "api.drain": "admin",
     "api.declare_dead": "admin",
+    "api.order_template": "admin",
     "api.undrain": "admin",
     "api_admin.everybody": "admin",
     "api_admin.stop_all": "admin",
@@ -156,6 +158,7 @@ def test_every_route_has_a_rule_that_somebody_thought_about(app: Flask) -> None:
 def every_call(app: Flask) -> list[tuple[str, str, str]]:
     """(endpoint, method, path) of all routes, with another person's desktop as the thing meant."""
     values = {"sid": OTHERS, "host": "h1", "name": "desktop", "filename": "site.css", "version": "x", "form": "csv"}
+    values["key"] = "0" * 16
     calls = []
     with app.test_request_context("/"):
         for rule in app.url_map.iter_rules():
