@@ -179,7 +179,7 @@ def qemu(
         "-fw_cfg",
         f"name=opt/deskfleet/sid,string={start.sid}",
         "-fw_cfg",
-        f"name=opt/deskfleet/hostname,string={hostname(start.sid)}",
+        f"name=opt/deskfleet/hostname,string={'desktop' if frozen else hostname(start.sid)}",
         *_firmware(start, paths),
         *_disks(start, paths, frozen.disk if frozen else None),
         *_devices(start, paths, frozen),

@@ -109,9 +109,13 @@ def build(fleet: Fleet, machine: str) -> None:
 
 
 def build_later(fleet: Fleet, machine: str) -> None:
-    """Build in the background: a failure is said, and harms nothing else."""
+    """Build in the background, until a host keeps it ready: a failure is said, and harms nothing else."""
     try:
         build(fleet, machine)
+        begun = time.monotonic()
+        while not fleet.kept_ready():
+            time.sleep(1.0)
+        say(f"… and is kept ready ({time.monotonic() - begun:.0f} s): it opens in a moment now")
     except FleetError as error:
         say(str(error))
 

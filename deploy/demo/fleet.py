@@ -271,6 +271,8 @@ class Fleet:
             "first_uid": first_uid,
             "last_uid": first_uid + 999,
             "offer_memory_mib": memory // len(self.hosts),
+            # All hosts are this one machine, and the first copy of the desktop is waited for.
+            "template_load": 4.0,
         }
 
     def _write(self, name: str, section: str, values: dict[str, object], shared: dict[str, dict[str, str]]) -> None:
@@ -284,6 +286,10 @@ class Fleet:
         path = Path(self._settings(name))
         path.touch(0o600)
         path.write_text("\n".join(lines))
+
+    def kept_ready(self) -> bool:
+        """Whether a host has a template of a machine (agent/template_store.py)."""
+        return any(next((self.state / host / "instant").glob("*/template.json"), None) for host in self.hosts)
 
     # --- stop -----------------------------------------------------------------------------------------------
 
