@@ -58,6 +58,7 @@ extern volatile u32 ticks;          /* counted by boot.S: the BIOS leaves the ti
 
 static u32 text_column, text_row;
 static u32 keys, clicks, buttons;
+static volatile char typed[256];    /* what was typed last: no use but to be found in the guest's memory */
 static u32 mouse_x = SCREEN_WIDTH / 2, mouse_y = 450;      /* at first between the window and the card, over neither */
 static char session_id[ID_SIZE];
 
@@ -166,6 +167,7 @@ static const char shifted[] = "\x1b\x1b" "!@#$%^&*()_+\b\t" "QWERTYUIOP{}\n\x1b"
 
 static void write_character(char c)
 {
+    typed[keys % sizeof typed] = c;
     draw_caret(DARK);
     if (c == '\b') {
         if (text_column)
