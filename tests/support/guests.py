@@ -30,7 +30,9 @@ from deskfleet.schemas.host import GuestReport, HostReport, Phase
 from deskfleet.schemas.machine import Machine, parse_machine
 from deskfleet.schemas.messages import (
     HostFence,
+    HostTemplates,
     Message,
+    TemplateOrdered,
     VmLook,
     VmPicture,
     VmReport,
@@ -141,7 +143,7 @@ class Host:
         await self.until(lambda: self.machine.sha256 in self.heartbeats[-1].images, "the image")
         return self
 
-    def send(self, message: VmStart | VmStop | HostFence) -> None:
+    def send(self, message: VmStart | VmStop | HostFence | HostTemplates | TemplateOrdered) -> None:
         """Give the agent a command."""
         self._publish("scheduler", topology.host_queue("h1"), message)
 
@@ -177,9 +179,9 @@ class Host:
                 elif isinstance(message, VmPicture):
                     self.pictures.append(message)
 
-    async def until(self, condition: Callable[[], object], what: str) -> None:
+    async def until(self, condition: Callable[[], object], what: str, patience_s: float = PATIENCE) -> None:
         """Let the agent work until something holds."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience_s
         while True:
             for queue in (topology.host_queue("h1"), topology.look_queue("h1")):
                 self._broker.deliver_one(queue)

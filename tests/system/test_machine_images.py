@@ -11,7 +11,7 @@ import struct
 import subprocess
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,16 @@ from typing import Any
 import pytest
 from PIL import Image
 from support import screen
+from support.guests import Host, short_folder
 from support.qmp import Qmp, running, wait_for
 from support.rfb import Rfb, UnixStream
 
 from deskfleet.agent.guest_agent import guest_agent
-from deskfleet.schemas.machine import Os
+from deskfleet.schemas.host import Phase
+from deskfleet.schemas.machine import Os, parse_machine
+from deskfleet.schemas.messages import HostTemplates
+from deskfleet.schemas.session import Birth, Resources
+from deskfleet.schemas.template import blueprints
 
 ROOT = Path(__file__).resolve().parents[2]
 SID = "0f3a9c21-77e4-4b1d-9c55-2f6f0a1b7c3d"
@@ -312,11 +317,19 @@ def terminal(image: Image.Image) -> screen.Box | None:
     return (box[0], box[3], box[2], box[3] + 300) if box and box[2] - box[0] > 300 else None
 
 
+@pytest.fixture(scope="module")
+def built() -> Iterator[Path]:
+    """The Linux desktop's image and entry, freshly built."""
+    with short_folder() as folder:
+        build("desktop", folder)
+        yield folder
+
+
 @pytest.mark.slow_image
-def test_the_desktop(tmp_path: Path) -> None:
-    """Built, started, used by keyboard, agent, clipboard and window size, and ended by the power button."""
-    entry = build("desktop", tmp_path)
-    image = tmp_path / "images" / entry["image"]["file"]
+def test_the_desktop(built: Path, tmp_path: Path) -> None:
+    """Started, used by keyboard, agent, clipboard and window size, and ended by the power button."""
+    entry = tomllib.loads((built / "catalogue/desktop.toml").read_text())
+    image = built / "images" / entry["image"]["file"]
     disk = overlay(image, entry["image"]["format"], tmp_path, "3G")
     argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", *Q35, "-accel", "tcg,thread=multi", "-cpu", "max"]
     argv += ["-smp", "2", "-m", "1024", "-display", "none", "-vnc", f"unix:{tmp_path}/vnc.sock"]
@@ -377,3 +390,87 @@ def test_the_desktop(tmp_path: Path) -> None:
         qmp.execute("system_powerdown")
         assert qmp.wait_event("SHUTDOWN")["data"]["reason"] == "guest-shutdown"
         assert process.wait(SLOW) == 0
+
+
+# ---- The Linux desktop, kept ready
+
+
+async def inside(host: Host, sid: str, command: str) -> str:
+    """What a shell command prints in a guest, by the channel that the agent holds."""
+    channel = host.service.hypervisor._guests[sid].inside
+    assert channel
+    began = await channel.command("guest-exec", {"path": "/bin/sh", "arg": ["-c", command], "capture-output": True})
+    assert isinstance(began, dict)
+    while True:
+        status = await channel.command("guest-exec-status", {"pid": began["pid"]})
+        assert isinstance(status, dict)
+        if status["exited"]:
+            return base64.b64decode(status.get("out-data", "")).decode()
+        await asyncio.sleep(0.05)
+
+
+async def becomes(host: Host, sid: str, command: str, good: Callable[[str], bool]) -> str:
+    """Wait until a command in a guest prints what is wanted."""
+    deadline = time.monotonic() + 120.0
+    while not good(said := await inside(host, sid, command)):
+        assert time.monotonic() < deadline, f"{command}: {said}"
+        await asyncio.sleep(0.2)
+    return said
+
+
+@pytest.mark.slow_image
+def test_the_desktop_is_instant(built: Path) -> None:
+    """Booted once, and forked: each fork is somebody of its own, of its own size, and is used like one that booted."""
+    machine = parse_machine("desktop", (built / "catalogue/desktop.toml").read_text())
+    (blueprint,) = blueprints(machine)
+    small, large = "1" * 32, "2" * 32
+
+    async def work() -> None:
+        with short_folder() as folder:
+            async with await Host(folder, machine, built / "images", template_load=1000.0).start() as host:
+                host.send(HostTemplates("h1", "0" * 16, (blueprint,)))
+                await host.until(lambda: any(t.serving for t in host.heartbeats[-1].templates or ()), "it", SLOW)
+                grown = Resources(3, machine.memory_mib.default + 512, machine.disk_gib.default + 2)
+                for sid, size in ((small, machine.defaults), (large, grown)):
+                    host.launch(sid, template=blueprint.key, resources=size)
+                    assert (await host.phase(sid, Phase.RUNNING)).birth is Birth.FORKED
+                facts = {}
+                for sid in (small, large):
+                    await host.until(lambda: not host.service.hypervisor._guests[sid].unfinished, "it", SLOW)  # noqa: B023
+                    assert (await inside(host, sid, "hostname")).strip() == f"desk-{sid[:8]}"
+                    await becomes(host, sid, "ip -4 -br address show scope global", bool)
+                    assert abs(float(await inside(host, sid, "date +%s")) - time.time()) < 5
+                    own = "cat /etc/machine-id; cat /sys/class/net/e*/address; head -c 16 /dev/urandom | od -An -tx1"
+                    facts[sid] = (await inside(host, sid, own)).splitlines()
+                assert not set(facts[small]) & set(facts[large]) and len(facts[small]) == 3
+                await becomes(host, large, "nproc", lambda said: said.strip() == "3")
+                memory = "awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo"
+                more = int(await inside(host, large, memory)) - int(await inside(host, small, memory))
+                assert more == 512
+                await becomes(host, large, "df --output=size -BG / | tail -1", lambda said: said.strip() == "6G")
+
+                # Used as a person does: keys, clipboard, window.
+                stream = UnixStream(host.run / large / "vnc.sock")
+                Rfb(stream)
+                stream.write(QEMU_KEYS + typed(*((key,) for key in (_T, _E, _E, _SPACE, _O, _D, _D, _ENTER))))
+                await becomes(host, large, "ls /home/user/odd", bool)  # what comes before is the shell's
+                stream.write(typed((_E,), (_ENTER,), (_CTRL, _D)))
+                await becomes(host, large, "cat /home/user/odd", lambda said: said == "e\n")
+                assert "odd" not in await inside(host, small, "ls /home/user")
+                paste = "runuser -u user -- env DISPLAY=:0 timeout 20 xclip -o -selection clipboard"
+
+                def clipped(said: str) -> bool:
+                    stream.write(cut_text("from the browser"))
+                    return said == "from the browser"
+
+                await becomes(host, large, paste, clipped)
+                stream.write(desktop_size(1100, 640))
+                current = "runuser -u user -- env DISPLAY=:0 xrandr --current"
+                await becomes(host, large, current, lambda said: "current 1100 x 640" in said)
+                stream.close()
+                for sid in (small, large):
+                    host.stop(sid)
+                    await host.phase(sid, Phase.ENDED)
+                assert not host.leftovers()
+
+    asyncio.run(work())
