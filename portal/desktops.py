@@ -291,7 +291,7 @@ def _sentence(session: Session) -> str:
         return gettext("Host %(host)s is starting it.", host=session.host)
     if session.state is State.RUNNING:
         where = gettext("It runs on host %(host)s.", host=session.host)
-        return f"{where} {session.detail}".rstrip()
+        return f"{where} {details.say(session.detail)}".rstrip()
     why = words.reason(session.reason)
     if session.state is State.STOPPING:
         return f"{gettext('It is being stopped.')} {why}".rstrip()

@@ -72,6 +72,9 @@ FORMS: tuple[str, ...] = (
     N_("GPUs: this machine takes none"),
     N_("GPUs: this machine needs one"),
     N_("GPUs: %(model)s is not a model that this machine takes"),
+    # what people should know of a desktop that runs: agent/stalls.py, forks.py
+    N_("Paused: the host's disk is full. It goes on by itself when there is room."),
+    N_("No network: this desktop could not be given a name and keys of its own. Start a new one, which is booted."),
     # by reason, where there are many hosts
     N_("%(count)s hosts: %(text)s"),
 )
