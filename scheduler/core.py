@@ -162,7 +162,7 @@ class Scheduler:
             log.exception("a decision failed")
             self._recover()
             return False
-        self.decisions.stats.took_s(self._clock.monotonic() - began)
+        self.decisions.stats.took.add(self._clock.monotonic() - began)
         for message in unit.outbox:
             self._publish(message)
         return True

@@ -292,6 +292,8 @@ class Decisions:
                 log.warning("%s failed several launches of %s and rests", host, session.machine)
         elif action.event is Event.READY:
             state.resting.worked(image)
+            if action.birth and session.sid in self.commanded:
+                self.stats.started[action.birth].add(now - self.commanded[session.sid])
             self._fleet.ends(session.sid, now + session.lifetime_s)
         self._leave(unit, action)
 

@@ -14,7 +14,7 @@ from deskfleet.runtime.service import Clock
 from deskfleet.scheduler.core import Scheduler
 from deskfleet.scheduler.hosts import HostState
 from deskfleet.scheduler.policy import NORMAL, Policy
-from deskfleet.scheduler.stats import BUCKETS, Stats
+from deskfleet.scheduler.stats import Stats, Times
 from deskfleet.schemas.session import State
 
 
@@ -61,13 +61,19 @@ class Figures(Collector):
             "refusals", "Reasons that kept a request waiting, counted when they change", "reason", stats.refused.copy()
         )
         yield self._counter("failed_starts", "Starts that failed on their host", "host", stats.failed.copy())
-        took = HistogramMetricFamily(f"{self._prefix}_decision_seconds", "Transactions with what they decided")
-        rows, seen = [], 0
-        for bound, count in zip((*map(str, BUCKETS), "+Inf"), list(stats.took), strict=True):
-            seen += count
-            rows.append((bound, float(seen)))
-        took.add_metric([], rows, stats.took_sum_s)
-        yield took
+        yield self._histogram("decision_seconds", "Transactions with what they decided", "", {"": stats.took})
+        yield self._histogram("wait_seconds", "Waits for a place on a host", "", {"": stats.waited})
+        yield self._histogram("start_seconds", "From the command to a desktop that runs", "birth", stats.started)
+
+    def _histogram(self, name: str, text: str, label: str, values: Mapping[Any, Times]) -> Metric:
+        family = HistogramMetricFamily(f"{self._prefix}_{name}", text, labels=[label] if label else [])
+        for key, times in values.items():
+            rows, seen = [], 0
+            for bound, count in zip((*map(str, times.bounds), "+Inf"), list(times.counts), strict=True):
+                seen += count
+                rows.append((bound, float(seen)))
+            family.add_metric([key] if label else [], rows, times.sum_s)
+        return family
 
     def _gauge(self, name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:
         return gauge_of(f"{self._prefix}_{name}", text, label, values)

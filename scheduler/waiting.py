@@ -152,6 +152,7 @@ class Queue:
                     for kept in at.reservations.get(choice.host, ()):
                         kept.spend(want, now, self._policy.guest_overhead_mib)
                     self._stats.placed += 1
+                    self._stats.waited.add(self.waited.get(session.sid, session.waited_s))
                     continue
                 refused.add(at.shape(want))
                 at = self._keep_room(want, at, plans)

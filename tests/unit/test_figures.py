@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from support.hosts import POLICY
+from support.portals import World
 from support.scheduling import Control
 
 from deskfleet.scheduler.figures import Figures
+from deskfleet.schemas.session import Birth
 
-DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "scheduler.json"
+DASHBOARDS = Path(__file__).parents[2] / "deploy" / "grafana"
 
 
 @pytest.fixture
@@ -52,6 +54,21 @@ def test_queue_hosts_sessions_and_decisions_are_counted(control: Control) -> Non
     assert 'deskfleet_scheduler_queue_age_seconds{queue_class="normal"} 1' in text
     assert re.search(r'refusals_total\{reason="draining"\} [1-9]', text)
     assert re.search(r'decision_seconds_bucket\{le="\+Inf"\} [1-9]', text)
+    assert 'wait_seconds_bucket{le="0.1"} 4.0' in text
+
+
+def test_starts_are_counted_by_how_a_desktop_came_to_be(control: Control) -> None:
+    times = control.scheduler.decisions.stats.started[Birth.FORKED]
+    for seconds in (0.05, 0.1, 0.15, 9000.0):
+        times.add(seconds)
+    text = scrape(control)
+    for line in (
+        'start_seconds_bucket{birth="forked",le="0.1"} 2.0',
+        'start_seconds_bucket{birth="forked",le="7200.0"} 3.0',
+        'start_seconds_bucket{birth="forked",le="+Inf"} 4.0',
+        'start_seconds_count{birth="booted"} 0.0',
+    ):
+        assert f"deskfleet_scheduler_{line}" in text, line
 
 
 def test_one_that_stands_by_shows_that_and_nothing_else(control: Control) -> None:
@@ -60,25 +77,35 @@ def test_one_that_stands_by_shows_that_and_nothing_else(control: Control) -> Non
     ]
 
 
+def expressions(dashboard: str) -> tuple[set[str], set[str]]:
+    """The metrics that a dashboard asks for, and the labels that it shows."""
+    targets = [t for panel in json.loads((DASHBOARDS / dashboard).read_text())["panels"] for t in panel["targets"]]
+    names = {name for target in targets for name in re.findall(r"deskfleet_\w+", target["expr"])}
+    return names, {label for target in targets for label in re.findall(r"{{(\w+)}}", target["legendFormat"])}
+
+
+def names_in(text: str) -> set[str]:
+    return {line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")}
+
+
 def test_the_dashboard_asks_for_metrics_that_there_are(control: Control) -> None:
     control.host("h1").broken = True
     control.launch()
     control.drain("h1")
     control.launch("bo")
     text = scrape(control)
-    shown = json.loads(DASHBOARD.read_text())
-    asked = {
-        name
-        for panel in shown["panels"]
-        for target in panel["targets"]
-        for name in re.findall(r"deskfleet_\w+", target["expr"])
-    }
-    known = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")}
-    assert asked and asked <= known, asked - known
-    labels = {
-        label
-        for panel in shown["panels"]
-        for t in panel["targets"]
-        for label in re.findall(r"{{(\w+)}}", t["legendFormat"])
-    }
+    asked, labels = expressions("scheduler.json")
+    assert asked and asked <= names_in(text), asked - names_in(text)
+    assert all(f'{label}="' in text for label in labels), labels
+
+
+def test_so_does_the_portals(control: Control, tmp_path: Path) -> None:
+    world = World(tmp_path)
+    counts = world.portal.counts
+    counts.logins.labels("local", "ok").inc()
+    counts.launches.labels("page").inc()
+    text = scrape(control) + generate_latest(world.portal.metrics.registry).decode()
+    world.close()
+    asked, labels = expressions("portal.json")
+    assert asked and asked <= names_in(text), asked - names_in(text)
     assert all(f'{label}="' in text for label in labels), labels
