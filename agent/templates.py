@@ -153,8 +153,7 @@ class Templates:
         """Have these, and no others."""
         wanted = {blueprint.key: blueprint for blueprint in wish.blueprints}
         for key in self.slots.keys() - wanted.keys():
-            if not self.slots[key].doing:  # one in the making goes when it is done
-                self._remove(self.slots.pop(key))
+            self._remove(self.slots.pop(key))  # one in the making goes when it is done
         for key, blueprint in wanted.items():
             self.slots.setdefault(key, Slot(blueprint))
         self.told_digest = wish.digest
@@ -257,7 +256,10 @@ class Templates:
     async def keep(self) -> None:
         """Make what is missing, and give up what there is no room for; for ever."""
         while True:
-            await self.tend()
+            try:
+                await self.tend()
+            except Exception:  # a fault of ours: templates are a help, and the rest of them go on
+                log.exception("looking after the templates failed")
             await asyncio.sleep(_LOOK_S)
 
     async def tend(self) -> None:

@@ -35,6 +35,7 @@ from deskfleet.portal.views import pages
 from deskfleet.portal.web import by_token, check_access, public, someone
 
 log = logging.getLogger(__name__)
+access = logging.getLogger("deskfleet.portal.access")
 
 _HERE = Path(__file__).parent
 _STATIC = _HERE / "static"
@@ -92,6 +93,8 @@ def create_app(parts: Services) -> Flask:
         return answer
 
     app.after_request(_headers)
+    if settings.access_log:
+        _log_answers(app)
     app.register_blueprint(brand)
     app.register_blueprint(pages)
     app.register_blueprint(sharing)
@@ -154,6 +157,22 @@ def release() -> str:
         content = path.read_bytes()
         found.update(f"{path.relative_to(_STATIC)}\0{len(content)}\0".encode() + content)
     return found.hexdigest()[:16]
+
+
+def _log_answers(app: Flask) -> None:
+    """A line for each answer: the route, never the address, for that may hold what opens something."""
+
+    @app.before_request
+    def _begin() -> None:
+        g.begun = services().clock.monotonic()
+
+    @app.after_request
+    def _note(response: Response) -> Response:
+        route = request.url_rule.rule if request.url_rule else "-"
+        took_ms = 1000 * (services().clock.monotonic() - g.begun) if "begun" in g else 0.0
+        who = g.who.user if g.get("who") else "-"
+        access.info("%s %s %s %d %.0f ms", request.method, route, who, response.status_code, took_ms)
+        return response
 
 
 def _headers(response: Response) -> Response:

@@ -84,6 +84,7 @@ class PortalSettings:
     ticket_keys: tuple[Secret, ...]
     admins: frozenset[str]
     auth: tuple[str, ...]
+    access_log: bool
     title: str
     languages: tuple[str, ...]
     default_language: str
@@ -280,6 +281,7 @@ class PortalSchema(Schema):
     email = fields.Nested(EmailSchema, load_default=None)
     header = fields.Nested(HeaderSchema, load_default=None)
     oidc = fields.Nested(OidcSchema, load_default=None)
+    access_log = fields.Bool(load_default=False)
     title = fields.Str(load_default="Deskfleet", validate=validate.Length(1, 60))
     languages = fields.List(
         fields.Str(validate=validate.OneOf(list(NAMES))),

@@ -832,3 +832,19 @@ def test_the_viewer_looks_at_nothing_in_its_own_address() -> None:
     code = "\n".join(re.sub(r"//.*", "", path.read_text()) for path in static.glob("*.js"))
     assert not re.search(r"location\.(search|hash|href)|URLSearchParams|document\.(URL|referrer)|new URL\(", code)
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", code)
+
+
+def test_the_access_log_has_routes_and_nothing_that_opens_anything(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(tmp_path, access_log=True)
+    world.portal.accounts.add("alice", PASSWORD)
+    browser = signed_in(create_app(world.portal), "alice")
+    caplog.set_level("INFO", "deskfleet.portal.access")
+    browser.get(f"/progress/{OTHERS}?secret=opensesame")
+    browser.get("/shared/opensesame")
+    browser.get("/nowhere/opensesame")
+    world.close()
+    lines = [record.getMessage() for record in caplog.records if record.name == "deskfleet.portal.access"]
+    assert lines[0].startswith("GET /progress/<sid> alice 404 ")
+    assert len(lines) == 3 and not [line for line in lines if "opensesame" in line or OTHERS in line]

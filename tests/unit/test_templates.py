@@ -150,7 +150,6 @@ def test_what_is_withdrawn_while_it_is_made_goes_when_it_is_done(stage: Stage) -
     stage.told(BLUEPRINT)
     stage.meanwhile = stage.told
     stage.tend()
-    stage.told()
     assert stage.removed == [template(BLUEPRINT)] and stage.kept.report() == ()
 
 
@@ -213,6 +212,22 @@ def test_what_a_former_agent_made_serves_until_it_is_not_wanted() -> None:
     assert not stage.made and not stage.removed
     stage.told()
     assert stage.removed == [template(BLUEPRINT)]
+
+
+def test_a_fault_of_ours_does_not_end_the_care_for_templates(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work() -> None:
+        monkeypatch.setattr("deskfleet.agent.templates._LOOK_S", 0.0)
+        stage.told(BLUEPRINT)
+        stage.fault = ZeroDivisionError()
+        caring = asyncio.create_task(stage.kept.keep())
+        while not stage.made:
+            await asyncio.sleep(0)
+        stage.fault, stage.now = None, stage.now + 1e6
+        while len(stage.made) < 2 or stage.state is not TemplateState.READY:
+            await asyncio.sleep(0)
+        caring.cancel()
+
+    asyncio.run(work())
 
 
 # --- what fails -------------------------------------------------------------------------------------------------
