@@ -52,7 +52,9 @@ def launch(wish: Wish, sid: str, via: str) -> tuple[LaunchRequested, bool]:
     new = parts.outbox.launch(message)
     if new:
         parts.counts.launches.labels(via).inc()
-        parts.audit.note(who.user, client_address(), "launch", sid, wish.machine)
+        accepted = parts.settings.brand.terms_name
+        detail = f"{wish.machine}, terms {accepted}" if accepted else wish.machine
+        parts.audit.note(who.user, client_address(), "launch", sid, detail)
     return message, new
 
 

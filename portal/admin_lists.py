@@ -12,7 +12,7 @@ from deskfleet.portal import admin_actions
 from deskfleet.portal.audit import MOST_EXPORTED, Question, as_csv, as_json_lines, question
 from deskfleet.portal.checks import checks
 from deskfleet.portal.errors import Problem, Refused
-from deskfleet.portal.fleet import images_on
+from deskfleet.portal.fleet import machines_on
 from deskfleet.portal.languages import gettext
 from deskfleet.portal.launching import offered
 from deskfleet.portal.services import services
@@ -129,14 +129,9 @@ def _machines() -> dict[str, Any]:
         hosts, sure = parts.fleet.hosts(), True
     except Problem:
         hosts, sure = [], False
-    where: dict[str, list[tuple[str, Any]]] = {name: [] for name in known}
-    for host in hosts:
-        for image in images_on(host.report, known):
-            for name in image.machines:
-                where[name].append((host.name, image))
     return {
         "machines": [known[name] for name in sorted(known)],
-        "where": where,
+        "where": machines_on(hosts, known),
         "mine": {machine.name for machine in offered(known, person())},
         "silent": [host.name for host in hosts if host.report is None],
         "sure": sure,

@@ -18,7 +18,7 @@ from deskfleet.portal.checks import Check, checks
 from deskfleet.portal.dead_letters import Letter
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
-from deskfleet.portal.fleet import QueueView
+from deskfleet.portal.fleet import QueueView, machines_on
 from deskfleet.portal.services import services
 from deskfleet.portal.session_list import Filter, Person, people
 from deskfleet.portal.web import admin_only
@@ -53,6 +53,23 @@ class StoppedSchema(Schema):
     """The desktops whose end was asked for."""
 
     sids = fields.List(fields.Str())
+
+
+class HolderSchema(Schema):
+    """A host that holds a machine's image, or is getting it; `state` is held, fetching, waiting or failed."""
+
+    host = fields.Str()
+    state = fields.Str()
+    percent = fields.Int()
+    detail = fields.Str()
+
+
+class WhereSchema(Schema):
+    """A machine of the catalogue, and where its image is. A silent host is not among them."""
+
+    machine = fields.Str()
+    sha256 = fields.Str()
+    hosts = fields.List(fields.Nested(HolderSchema))
 
 
 class PersonSchema(Schema):
@@ -160,6 +177,26 @@ class AuditSchema(Schema):
 
 
 blueprint = ApiBlueprint("api_admin", __name__, url_prefix="/api/v1", description="For administrators")
+
+
+@blueprint.get("/images")
+@admin_only
+@blueprint.response(200, WhereSchema(many=True))
+def images() -> list[dict[str, object]]:
+    """Which hosts hold which machine. For administrators."""
+    known = services().catalogue.machines()
+    where = machines_on(services().fleet.hosts(), known)
+    return [
+        {
+            "machine": name,
+            "sha256": known[name].sha256,
+            "hosts": [
+                {"host": host, "state": image.state, "percent": image.percent, "detail": image.detail}
+                for host, image in where[name]
+            ],
+        }
+        for name in sorted(known)
+    ]
 
 
 @blueprint.get("/everybody/sessions")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,6 +56,12 @@ class Brand:
         """Changes with logo and colour, so that browsers may keep them for ever."""
         content = self.logo.content if self.logo else b""
         return hashlib.sha256(self.accent.encode() + b"\0" + content).hexdigest()[:16]
+
+    @property
+    def terms_name(self) -> str:
+        """Names the terms as they are now: 12 hex digits; "" when there are none."""
+        text = json.dumps(dict(self.terms), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12] if self.terms else ""
 
     def terms_in(self, language: str) -> str:
         """The terms in a language, else as they are."""

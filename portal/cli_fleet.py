@@ -49,6 +49,19 @@ def queues(portal: Portal, as_json: bool) -> None:
     show(as_json, content, lambda: table(("QUEUE", "MESSAGES", "CONSUMERS", "ALARM", "WHAT"), rows))
 
 
+@click.command()
+@remote
+def images(portal: Portal, as_json: bool) -> None:
+    """Which hosts hold which machine. For administrators."""
+    content = portal.call("GET", "/images")
+    rows = [(c["machine"], c["sha256"][:12], ", ".join(_holder(h) for h in c["hosts"]) or "none") for c in content]
+    show(as_json, content, lambda: table(("MACHINE", "IMAGE", "HOSTS"), rows))
+
+
+def _holder(found: dict[str, Any]) -> str:
+    return str(found["host"]) if found["state"] == "held" else f"{found['host']} ({found['state']})"
+
+
 @click.group()
 def host() -> None:
     """Look at a host, take it out of use, or back. For administrators."""
@@ -135,4 +148,4 @@ for _command in cli_enrol.COMMANDS:
 
 cli_admin.queue.add_command(queues, "list")
 
-COMMANDS: tuple[click.Command, ...] = (hosts, queues, host)
+COMMANDS: tuple[click.Command, ...] = (hosts, queues, images, host)

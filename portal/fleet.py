@@ -5,7 +5,7 @@ A figure that is not fresh is unknown; an old one is never shown as if it were t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
@@ -101,6 +101,16 @@ def images_on(report: HostReport | None, machines: Mapping[str, Machine]) -> lis
     ]
     held = [view(sha256, "held") for sha256 in report.images]
     return coming + sorted(held, key=lambda image: (not image.machines, image.machines, image.sha256))
+
+
+def machines_on(hosts: Iterable[HostView], machines: Mapping[str, Machine]) -> dict[str, list[tuple[str, ImageView]]]:
+    """Which hosts hold each machine of the catalogue, or are getting it: host and image."""
+    where: dict[str, list[tuple[str, ImageView]]] = {name: [] for name in machines}
+    for host in hosts:
+        for image in images_on(host.report, machines):
+            for name in image.machines:
+                where[name].append((host.name, image))
+    return where
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,6 +96,21 @@ def test_the_pages_show_what_the_site_calls_its_own(branded: World) -> None:
     assert "help@example.org" in browser.get("/nowhere").text
     ada = signed_in(create_app(branded.portal), "ada")
     assert all('href="/terms"' in ada.get(path).text.split("<footer")[0] for path in ("/launch", "/launch/desktop"))
+
+
+def test_which_terms_somebody_launched_under_is_on_record(branded: World, files: Path, tmp_path: Path) -> None:
+    ada = signed_in(create_app(branded.portal), "ada")
+    found = re.search(r'name="seal" value="([^"]+)"', ada.get("/launch/desktop").text)
+    assert found
+    ada.post("/launch/desktop", {"seal": found[1]}, token=ada.csrf("/desktops"))
+    (entry,) = (entry for entry in branded.portal.audit.newest() if entry.action == "launch")
+    before = branded.portal.settings.brand.terms_name
+    assert entry.detail == f"desktop, terms {before}" and len(before) == 12
+    (files / "terms.txt").write_text("Another rule.")
+    (tmp_path / "again").mkdir()
+    other = World(tmp_path / "again", brand={"terms": str(files / "terms.txt")})
+    assert other.portal.settings.brand.terms_name not in ("", before)
+    other.close()
 
 
 def test_a_logo_is_a_picture_and_nothing_more(branded: World) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from flask import Flask
-from support.portals import PASSWORD, Browser, World, signed_in
+from support.portals import PASSWORD, Browser, World, bearer, signed_in
 from werkzeug.test import TestResponse
 
 from deskfleet.ledger.reader import Wait
@@ -24,6 +24,7 @@ from deskfleet.portal.checks import Check, checks
 from deskfleet.portal.session_list import Filter, people
 from deskfleet.runtime.bus import Outgoing
 from deskfleet.schemas.errors import Reason
+from deskfleet.schemas.host import Fetch, FetchState
 from deskfleet.schemas.messages import LaunchRequested, StopRequested
 from deskfleet.schemas.session import Resources, State
 from deskfleet.schemas.topology import COMMANDS, DEAD, SCHEDULER_COMMANDS, for_proxy
@@ -376,3 +377,21 @@ def test_every_page_says_so_when_the_ledger_is_away(world: World, boss: Browser)
 
 def test_a_filter_takes_only_its_own_fields() -> None:
     assert Filter.of({"user": " a ", "sid": "x"}).given == {"user": "a"}
+
+
+def test_which_hosts_hold_which_machine_by_api_too(world: World, app: Flask) -> None:
+    digest = "ab" * 32
+    world.host("h1", images=(digest,))
+    world.host("h2", fetches=(Fetch(digest, FetchState.FETCHING, 40, 100),))
+    world.host("h3", seen_ago=1e6, images=(digest,))
+    answer = app.test_client().get("/api/v1/images", headers=bearer(world, "boss"))
+    assert answer.json == [
+        {
+            "machine": "desktop",
+            "sha256": digest,
+            "hosts": [
+                {"host": "h1", "state": "held", "percent": 100, "detail": ""},
+                {"host": "h2", "state": "fetching", "percent": 40, "detail": ""},
+            ],
+        }
+    ]

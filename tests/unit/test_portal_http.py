@@ -112,6 +112,7 @@ ACCESS = {
     "api_admin.stop_all": "admin",
     "api_admin.people_now": "admin",
     "api_admin.queues": "admin",
+    "api_admin.images": "admin",
     "api_admin.letters": "admin",
     "api_admin.letter": "admin",
     "api_admin.replay": "admin",
