@@ -178,6 +178,7 @@ def test_the_api_answers_for_a_would_be_launch(
             {"host": "h1", "reason": "memory_short", "sentence": "h1: 2.1 of 4 GiB free"},
             {"host": "", "reason": "user_cap", "sentence": "2 of 2 desktops in use"},
         ],
+        "instant": False,
     }
     world.forecast = NEVER
     never = client.post("/api/v1/placements", json=body, headers=headers).json

@@ -17,32 +17,9 @@ from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, ReadyBy, Vi
 from deskfleet.schemas.template import Blueprint
 
 BLUEPRINT = Blueprint(
-    "desktop",
-    Os.LINUX,
-    "a" * 64,
-    Format.QCOW2,
-    Video.VIRTIO,
-    Firmware.BIOS,
-    Drivers.VIRTIO,
-    1,
-    4,
-    1,
-    2,
-    8,
+    "desktop", Os.LINUX, "a" * 64, Format.QCOW2, Video.VIRTIO, Firmware.BIOS, Drivers.VIRTIO, 1, 4, 1, 2, 8,
     ReadyBy.MARK,
-    Os.LINUX,
-    "a" * 64,
-    Format.QCOW2,
-    Video.VIRTIO,
-    Firmware.BIOS,
-    Drivers.VIRTIO,
-    1,
-    4,
-    1,
-    2,
-    8,
-    ReadyBy.MARK,
-)
+)  # fmt: skip
 SID = "a" * 32
 
 
