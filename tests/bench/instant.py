@@ -44,7 +44,7 @@ def there(picture: Image.Image) -> bool:
 def click(client: Client, url: str, machine: str) -> tuple[str, float, Image.Image]:
     """Launch, and wait for the desktop's picture: session, seconds, picture."""
     begun = time.monotonic()
-    sid = client.launch(machine)
+    sid = client.launch(machine, persistent=True)
     client.until_running(sid, pause=0.01)
     viewer = Rfb(WebSocketStream(client.console(sid), url))
     picture = viewer.picture()
