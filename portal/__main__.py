@@ -37,6 +37,7 @@ log = logging.getLogger("deskfleet.portal")
 
 _VIEWER = Path(__file__).parent / "static" / "vendor" / "novnc" / "core" / "rfb.js"
 _SWEEP_S = 1.0
+_SAMPLE_S = 15.0
 _PRUNE_S = 600.0
 _MAIL_S = 5.0
 
@@ -94,6 +95,7 @@ def start(sections: dict[str, Any]) -> Services:
     ledger = open_engine(sections["ledger"]["url"], read_only=True)
     parts = build(settings, ledger, Path(sections["machines"]["catalogue"]), bus, clock, loop.post, replica)
     loop.every(_SWEEP_S, parts.sweep)
+    loop.every(_SAMPLE_S, parts.sample)
     loop.every(_PRUNE_S, parts.prune)
     bus.on_connect(parts.sweep)
     bus.start()

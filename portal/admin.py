@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from flask import Blueprint, redirect, render_template, request, url_for
 from werkzeug.wrappers import Response
 
 from deskfleet.portal import actions
 from deskfleet.portal.errors import Problem, Refused
-from deskfleet.portal.fleet import LONGEST_TEXT, images_on
+from deskfleet.portal.fleet import LONGEST_TEXT, gpus_held, images_on
 from deskfleet.portal.languages import gettext
 from deskfleet.portal.services import services
 from deskfleet.portal.views import checked
@@ -43,13 +41,10 @@ def _fleet() -> dict[str, object]:
     except Problem:
         hosts, live, sure = [], [], False  # said on the page; the queues may still be known, and explain it
     queues = parts.fleet.queues()
-    held: Counter[str] = Counter()
-    for desktop in live:
-        held[desktop.host] += desktop.resources.gpus
     return {
         "hosts": hosts,
         "images": {host.name: images_on(host.report, parts.catalogue.machines()) for host in hosts},
-        "gpus_held": held,
+        "gpus_held": gpus_held(live),
         "desktops": live,
         "queues": queues,
         "no_scheduler": any(queue.name == SCHEDULER_COMMANDS and queue.consumers == 0 for queue in queues),

@@ -19,6 +19,7 @@ from deskfleet.portal.dead_letters import Letter
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.fleet import QueueView, machines_on
+from deskfleet.portal.history import Series, Span
 from deskfleet.portal.services import services
 from deskfleet.portal.session_list import Filter, Person, people
 from deskfleet.portal.web import admin_only
@@ -70,6 +71,20 @@ class WhereSchema(Schema):
     machine = fields.Str()
     sha256 = fields.Str()
     hosts = fields.List(fields.Nested(HolderSchema))
+
+
+class SpanSchema(Input):
+    """How far back."""
+
+    span = fields.Enum(Span, by_value=True, load_default=Span.DAY)
+
+
+class SeriesSchema(Schema):
+    """Figures at regular times (UNIX seconds, `step` seconds apart); null is unknown. Memory and disk in MiB."""
+
+    step = fields.Int()
+    times = fields.List(fields.Int())
+    figures = fields.Dict(keys=fields.Str(), values=fields.List(fields.Float(allow_none=True)))
 
 
 class PersonSchema(Schema):
@@ -197,6 +212,15 @@ def images() -> list[dict[str, object]]:
         }
         for name in sorted(known)
     ]
+
+
+@blueprint.get("/hosts/<host>/history")
+@admin_only
+@blueprint.arguments(SpanSchema, location="query")
+@blueprint.response(200, SeriesSchema)
+def history(query: dict[str, Span], host: str) -> Series:
+    """What a host had over time. For administrators."""
+    return services().history.of(services().fleet.host(host).name, query["span"])
 
 
 @blueprint.get("/everybody/sessions")

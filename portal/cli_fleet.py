@@ -9,6 +9,7 @@ import click
 from deskfleet.portal import cli_admin, cli_enrol, words
 from deskfleet.portal.cli_common import Refusal, printable, table
 from deskfleet.portal.cli_portal import Portal, part, remote, show
+from deskfleet.portal.history import Span
 from deskfleet.schemas.template import TemplateOrder
 
 
@@ -88,6 +89,26 @@ def show_host(portal: Portal, as_json: bool, name: str) -> None:
     if ready:
         parts += ["", table(("TEMPLATE", "MACHINE", "SIZE", "STATE", "MIB", "FORKS", "HITS", "MISSES", "WHY"), ready)]
     show(as_json, content, lambda: "\n".join(parts))
+
+
+@host.command("history")
+@click.argument("name")
+@click.option("--span", type=click.Choice([span.value for span in Span]), default=Span.HOUR.value, show_default=True)
+@remote
+def history(portal: Portal, as_json: bool, name: str, span: str) -> None:
+    """What a host had over time; an empty field is unknown."""
+    content = portal.call("GET", f"/hosts/{part(name)}/history?span={span}")
+    figures = content["figures"]
+    rows = [(words.utc(at), *_at(figures, i)) for i, at in enumerate(content["times"])]
+    header = ("WHEN", "LOAD", "CPUS", "FREE MIB", "OF MIB", "DISK FREE MIB", "OF MIB", "GUESTS", "GPUS USED", "OF")
+    show(as_json, content, lambda: table(header, rows))
+
+
+_ORDER = ("load1", "cpus", "memory_free_mib", "memory_mib", "disk_free_mib", "disk_mib", "guests", "gpus_used", "gpus")
+
+
+def _at(figures: dict[str, list[float | None]], index: int) -> tuple[str, ...]:
+    return tuple("" if (found := figures[name][index]) is None else f"{found:g}" for name in _ORDER)
 
 
 def _template(found: dict[str, Any]) -> tuple[object, ...]:

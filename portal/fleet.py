@@ -5,6 +5,7 @@ A figure that is not fresh is unknown; an old one is never shown as if it were t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -16,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 
 from deskfleet.ledger.reader import Reader
 from deskfleet.portal.broker_stats import BrokerStats, QueueStats
+from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.languages import N_, gettext
 from deskfleet.portal.records import Records
@@ -111,6 +113,14 @@ def machines_on(hosts: Iterable[HostView], machines: Mapping[str, Machine]) -> d
             for name in image.machines:
                 where[name].append((host.name, image))
     return where
+
+
+def gpus_held(desktops: Iterable[Desktop]) -> Counter[str]:
+    """How many GPUs the desktops of each host have."""
+    held: Counter[str] = Counter()
+    for desktop in desktops:
+        held[desktop.host] += desktop.resources.gpus
+    return held
 
 
 @dataclass(frozen=True, slots=True)

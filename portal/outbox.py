@@ -206,17 +206,15 @@ class Outbox:
         known = self._known(rows)
         for row in rows:
             kind = Kind(row["kind"])
+            # Not from self._seen: a sweep on another thread that no longer found this one open may have replaced it.
+            left_s = float(row["deadline"] - row["created_at"]) - (now - still_open[row["sid"], row["kind"]])
             if known is not None and (row["sid"], kind) in known:
                 self._mark(row["sid"], kind, Stage.KNOWN)
-            elif known is not None and self._left(row) <= 0:
+            elif known is not None and left_s <= 0:
                 log.warning("the %s of session %s was not taken up in time", kind, row["sid"])
                 self._mark(row["sid"], kind, Stage.EXPIRED)
             elif self._bus.connected and self._claim(row):
-                self._publish(row["sid"], kind, row["type"], row["body"].encode(), self._left(row))
-
-    def _left(self, row: RowMapping) -> float:
-        waited_s = self._clock.monotonic() - self._seen[row["sid"], row["kind"]]
-        return float(row["deadline"] - row["created_at"]) - waited_s
+                self._publish(row["sid"], kind, row["type"], row["body"].encode(), left_s)
 
     def _known(self, rows: Sequence[RowMapping]) -> set[tuple[str, Kind]] | None:
         """Which requests show their effect in the ledger; None while it can't be read."""

@@ -26,8 +26,9 @@ from deskfleet.portal.broker_stats import BrokerStats
 from deskfleet.portal.dead_letters import DeadLetters
 from deskfleet.portal.desktops import Desktops
 from deskfleet.portal.email_codes import EmailCodes
-from deskfleet.portal.fleet import Fleet
+from deskfleet.portal.fleet import Fleet, gpus_held
 from deskfleet.portal.grants import Grants
+from deskfleet.portal.history import History
 from deskfleet.portal.launching import Seals
 from deskfleet.portal.logins import Logins
 from deskfleet.portal.mail import Notices, sender_over
@@ -86,6 +87,7 @@ class Services:
     outbox: Outbox
     desktops: Desktops
     fleet: Fleet
+    history: History
     forecasts: Forecasts
     pictures: Pictures
     grants: Grants
@@ -108,6 +110,15 @@ class Services:
         if self.notices is not None:
             run_callback(self.notices.sweep, "the sweep of mails")
 
+    def sample(self) -> None:
+        """Keep the figures of the hosts, once a minute, whichever portal comes first. Failures are logged."""
+
+        def take() -> None:
+            if self.history.due():
+                self.history.keep(self.fleet.hosts(), gpus_held(self.desktops.live()))
+
+        run_callback(take, "keeping the figures of the hosts")
+
     def prune(self) -> None:
         """Forget what is old."""
         for what, prune in (
@@ -117,6 +128,7 @@ class Services:
             ("audit", self.audit.prune),
             ("dead letters", self.letters.prune),
             ("pictures", self.pictures.prune),
+            ("figures", self.history.prune),
             ("links", self.shares.prune),
             ("rights", self.grants.prune),
             *([("mails", self.notices.prune)] if self.notices is not None else []),
@@ -200,6 +212,7 @@ def build(
         outbox=outbox,
         desktops=Desktops(outbox, reader, records, catalogue.machines, clock),
         fleet=Fleet(reader, records, bus, clock, stats),
+        history=History(store, clock),
         # Half of the threads may wait for the scheduler, so that the others go on when it is away.
         forecasts=Forecasts(bus, replica, clock, max(1, settings.threads // 2)),
         grants=grants,

@@ -184,3 +184,27 @@ dead_letter = Table(
     Column("body", LargeBinary, nullable=False),
     sqlite_autoincrement=True,
 )
+
+#: What a host measures and the portal keeps over time. Memory and disk in MiB; load1 is the one-minute load average.
+FIGURES = (
+    "cpus",
+    "load1",
+    "memory_mib",
+    "memory_free_mib",
+    "disk_mib",
+    "disk_free_mib",
+    "guests",
+    "gpus",
+    "gpus_used",
+)
+
+#: Figures of hosts over time: a sample for each `step` seconds, at the time when that step began.
+sample = Table(
+    "portal_sample",
+    metadata,
+    Column("host", String(63), primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("at", BigInteger, primary_key=True),
+    *(Column(name, Float, nullable=False) for name in FIGURES),
+    Index("ix_portal_sample_step", "step", "at"),
+)

@@ -19,6 +19,7 @@ from deskfleet.portal import tables
 from deskfleet.portal.accounts import AccountError
 from deskfleet.portal.audit import question
 from deskfleet.portal.auth import Identity
+from deskfleet.portal.history import Span
 from deskfleet.portal.outbox import Stage
 from deskfleet.portal.store import Store, StoreError
 from deskfleet.portal.throttle import counters
@@ -134,6 +135,24 @@ def test_portals_that_sweep_at_once_send_each_request_once(world: World) -> None
     world.clock.now += 5
     at_once(4, lambda number: [world.portal, *others][number].outbox.sweep())
     assert len(world.sent()) == 20
+    for other in others:
+        other.store.close()
+
+
+def test_the_figures_of_a_minute_are_kept_once_and_thinned_once_whoever_comes_first(world: World) -> None:
+    others = [world.build() for _ in range(3)]
+    portals = [world.portal, *others]
+    for load in (1.0, 3.0, 5.0):
+        world.host(load1=load)
+        at_once(4, lambda number: portals[number].history.keep(portals[number].fleet.hosts(), {"h1": 1}))
+        world.clock.now += 300
+    world.host()
+    at_once(4, lambda number: portals[number].sample())
+    figures = world.portal.history.of("h1", Span.HOUR).figures
+    assert [load for load in figures["load1"] if load is not None] == [1.0, 3.0, 5.0, 1.5]
+    figures = world.portal.history.of("h1", Span.MONTH).figures
+    assert sum(load is not None for load in figures["load1"]) >= 1
+    assert figures["gpus_used"][-1] == 1.0
     for other in others:
         other.store.close()
 

@@ -113,6 +113,7 @@ ACCESS = {
     "api_admin.people_now": "admin",
     "api_admin.queues": "admin",
     "api_admin.images": "admin",
+    "api_admin.history": "admin",
     "api_admin.letters": "admin",
     "api_admin.letter": "admin",
     "api_admin.replay": "admin",
