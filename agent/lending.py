@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import sys
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -75,9 +76,10 @@ class GpuLending:
         self._kept = self._ward.load()
         #: Addresses of those that the disk holds as well.
         self._stored = set(self._kept)
-        #: Functions of the GPUs whose last check was passed, and of those that are being checked.
+        #: Functions of the GPUs whose last check was passed.
         self._fit: set[tuple[str, ...]] = set()
-        self._checking: set[tuple[str, ...]] = set()
+        #: One check of a group at a time: VFIO gives it to one process only, and another would find it at fault.
+        self._locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         #: What guests have, as it was when they got it: a card may vanish under its guest.
         self._out: list[Gpu] = []
         for address, record in list(self._kept.items()):
@@ -130,26 +132,25 @@ class GpuLending:
         self._kept |= kept
         self._stored |= set(kept)
         for gpu in self._found:
-            known = gpu.functions in self._fit | self._checking or gpu.address in self._kept
-            if gpu.offered and not known and not set(gpu.functions) & set(held()):
+            if gpu.offered and not self._known(gpu) and not set(gpu.functions) & set(held()):
                 await self._check(gpu)
 
     def _forget(self, address: str) -> None:
         del self._kept[address]
         self._stored.discard(address)
 
+    def _known(self, gpu: Gpu) -> bool:
+        return gpu.functions in self._fit or gpu.address in self._kept
+
     async def _check(self, gpu: Gpu) -> None:
-        if set(gpu.functions) & set(await asyncio.to_thread(self._driven)):
-            return  # by a stranger, or by a guest that is just being killed: a later look sees
-        self._checking.add(gpu.functions)
-        try:
+        async with self._locks[gpu.group]:
+            if self._known(gpu) or set(gpu.functions) & set(await asyncio.to_thread(self._driven)):
+                return  # just checked; or driven by a stranger, or by a guest that is being killed: a later look sees
             problem = await self._look(gpu) or await self._reset(gpu, self._dev) or await self._look(gpu)
             if problem:
                 await self._keep(Record(gpu, problem, self._boot_id))
             else:
                 self._fit.add(gpu.functions)
-        finally:
-            self._checking.discard(gpu.functions)
         self._changed()
 
     async def _look(self, gpu: Gpu) -> str:

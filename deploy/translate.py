@@ -67,6 +67,9 @@ def merge(old: Catalog, language: str) -> Catalog:
         msgid_bugs_address="-",
         header_comment=_HEADER,
     )
+    if old:
+        # Not Babel's own, which change with its releases: to French, 2.19 gives a third form, for millions.
+        new.mime_headers = [("Plural-Forms", old.plural_forms)]
     for message in texts(collect()):
         known = old.get(message.id)
         new.add(message.id, known.string if known else "", locations=message.locations, flags=message.flags)

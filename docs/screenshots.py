@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "deploy")]
 
 from demo.smoke import CHROMIUM, CHROMIUM_ARGS  # noqa: E402
 from support.fake_console import FakeConsole  # noqa: E402
-from support.furnished import PAGES, furnish  # noqa: E402
+from support.furnished import furnish  # noqa: E402
 from support.sites import Site  # noqa: E402
 
 OUT = ROOT / "docs" / "screens"
@@ -64,12 +64,12 @@ def main(named: list[str]) -> int:
         terms.write_text("Use desktops for work and study only.\n\nWhat you leave on a single-shot desktop is erased.")
         site = Site(Path(folder), console, brand={"terms": str(terms), "contact": "help@example.org"})
         try:
-            furnish(site.world)
+            every = furnish(site.world)
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
             for width, (across, down) in _WIDTHS.items():
                 size = {"width": across, "height": down}
-                pages = {user: site.page(browser, user, viewport=size) for user in {shown.user for shown in PAGES}}
-                for shown in PAGES:
+                pages = {user: site.page(browser, user, viewport=size) for user in {shown.user for shown in every}}
+                for shown in every:
                     if shown.name in named or (not named and width in _KEPT.get(shown.name, ())):
                         pages[shown.user].goto(site.url + shown.path)
                         _take(pages[shown.user], OUT / f"{shown.name}-{width}.png")

@@ -11,11 +11,11 @@ const drawn = document.getElementById("drawn");
 const language = document.documentElement.lang;
 const decimals = new Intl.NumberFormat(language, { maximumFractionDigits: 1 });
 const short = {
-  hour: new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit" }),
-  day: new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit" }),
+  hour: new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" }),
+  day: new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit", hourCycle: "h23" }),
   month: new Intl.DateTimeFormat(language, { day: "numeric", month: "short" }),
 };
-const whole = new Intl.DateTimeFormat(language, { dateStyle: "short", timeStyle: "short" });
+const whole = new Intl.DateTimeFormat(language, { dateStyle: "short", timeStyle: "short", hourCycle: "h23" });
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 let span = "hour";
@@ -37,7 +37,7 @@ function options(chart) {
   const strokes = [color("--pico-primary"), color("--chart-second")];
   const axis = { stroke: muted, grid: { stroke: color("--pico-muted-border-color"), width: 1 }, ticks: { show: false } };
   return {
-    width: drawn.clientWidth ? Math.min(drawn.clientWidth, widthOf()) : 300,
+    width: widthOf(),
     height: HEIGHT,
     // From nought, so that a small change does not look like a great one.
     scales: { y: { range: (_, __, most) => [0, Math.max(1, most * 1.05)] } },
@@ -46,7 +46,8 @@ function options(chart) {
       { ...axis, values: (_, splits) => splits.map((value) => decimals.format(value)), size: 48 },
     ],
     series: [
-      { label: said.time, value: (_, at) => (at == null ? "–" : whole.format(at * 1000)) },
+      // Without a pointer on the chart the legend tells the newest figures.
+      { label: said.time, value: (plot, at) => whole.format((at ?? plot.data[0].at(-1)) * 1000) },
       ...chart.lines.map((line, number) => ({
         label: line.label,
         stroke: line.limit ? muted : strokes[number],
@@ -54,7 +55,7 @@ function options(chart) {
         dash: line.limit ? [6, 4] : undefined,
         width: line.limit ? 1 : 2,
         points: { show: false },
-        value: (_, value) => shown(value),
+        value: (plot, value, which, at) => shown(at == null ? plot.data[which].at(-1) : value),
       })),
     ],
   };

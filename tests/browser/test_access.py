@@ -11,12 +11,13 @@ import pytest
 from demo.smoke import CHROMIUM, CHROMIUM_ARGS
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from support.fake_console import FakeConsole
-from support.furnished import ADMIN, PAGES, PERSON, RUNNING, furnish
+from support.furnished import PERSON, RUNNING, Shown, furnish
 from support.sites import Site
 
 AXE = Path(__file__).parents[1] / "vendor" / "axe.js"
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 800}
 SERIOUS = ("serious", "critical")
+PAGES: list[Shown] = []
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         brand = {"terms": str(folder / "terms.txt"), "contact": "help@example.org", "accent": "#ffd200"}
         site = Site(folder, console, brand=brand)
         try:
-            furnish(site.world)
+            PAGES[:] = furnish(site.world)
             yield site
         finally:
             site.hush()
@@ -60,14 +61,17 @@ def test_nothing_serious_is_found_on_any_page(
     browser: Browser, site: Site, size: dict[str, int], language: str
 ) -> None:
     options = {"viewport": size, "color_scheme": "light", "locale": language, "reduced_motion": "reduce"}
-    pages = {user: site.page(browser, user, **options) for user in ("", PERSON, ADMIN)}
+    pages = {user: site.page(browser, user, **options) for user in {shown.user for shown in PAGES}}
     wrong = {}
     for shown in PAGES:
         page = pages[shown.user]
         page.emulate_media(color_scheme="light")
-        page.goto(site.url + shown.path)
+        answer = page.goto(site.url + shown.path)
+        assert answer and answer.status == (404 if shown.name == "error" else 200), shown.name
         if shown.name == "desktop":
             page.wait_for_selector("[data-state=connected]")
+        if shown.name == "host":
+            page.wait_for_selector(".charts canvas")
         expect(page.locator("html")).to_have_attribute("lang", language)
         page.evaluate(f"() => {{ {AXE.read_text()} }}")  # by the debugger, which the page's policy does not bind
         wrong[shown.name] = findings(page, [])

@@ -97,3 +97,27 @@ def test_what_is_shown_is_stopped_by_its_number_and_nothing_else(browser: Browse
         "f" * 32,
     }
     page.context.close()
+
+
+def test_a_host_over_time_as_charts_and_as_a_table_that_renew_themselves(browser: Browser, site: Site) -> None:
+    page = site.page(browser, "boss", viewport={"width": 360, "height": 740})
+    page.clock.install()
+    page.goto(f"{site.url}/admin/hosts/h1")
+    expect(page.locator("#no-figures")).to_be_visible()
+    for load in (1.0, 2.0):
+        site.world.host("h1", load1=load)
+        site.world.portal.sample()
+        site.world.clock.now += 60
+    page.clock.run_for(61_000)
+    expect(page.locator("#no-figures")).to_be_hidden()
+    expect(page.locator(".charts canvas")).to_have_count(4)
+    page.click("#charts summary")
+    # Every third minute is told, from the newest on: a load of 2, and before that nothing is known.
+    expect(page.locator("#figures tbody tr")).to_have_count(20)
+    rows = page.locator("#figures tbody tr").all()[:2]
+    assert [row.locator("td").nth(1).inner_text() for row in rows] == ["2", "unknown"]
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    page.click("[data-span=month]")
+    expect(page.locator("#no-figures")).to_be_visible()
+    expect(page.locator(".charts canvas")).to_have_count(0)
+    page.context.close()

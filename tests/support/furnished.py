@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from support.portals import PASSWORD, World
 
 from deskfleet.ledger.reader import Wait
 from deskfleet.portal.shares import Audience
+from deskfleet.runtime.bus import Outgoing
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu
+from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.session import Event, Outcome, Resources, State, advance
+from deskfleet.schemas.topology import DEAD
 from deskfleet.schemas.verdict import Verdict
+from deskfleet.schemas.wire import encode
 
-RUNNING, QUEUED, FAILED, OTHERS = "a" * 32, "b" * 32, "c" * 32, "d" * 32
-PERSON, ADMIN = "ada@example.org", "boss"
+RUNNING, QUEUED, FAILED, OTHERS, LOST = "a" * 32, "b" * 32, "c" * 32, "d" * 32, "e" * 32
+PERSON, OTHER_PERSON, ADMIN = "ada@example.org", "grace@example.org", "boss"
 _MINUTE = 60.0
 
 
@@ -27,7 +32,7 @@ class Shown:
     user: str = PERSON
 
 
-PAGES = (
+_PAGES = (
     Shown("login", "/login", ""),
     Shown("terms", "/terms", ""),
     Shown("launch", "/launch"),
@@ -49,12 +54,21 @@ PAGES = (
 )
 
 
-def furnish(world: World) -> None:
-    """People, machines, hosts good and bad, and desktops in several states."""
+def furnish(world: World) -> tuple[Shown, ...]:
+    """People, machines, hosts good and bad, and desktops in several states; returns every page that there is."""
     world.portal.accounts.add(PERSON, PASSWORD)
+    world.portal.accounts.add(OTHER_PERSON, PASSWORD)
     world.portal.accounts.add(ADMIN, PASSWORD, admin=True)
     world.machine("workstation", "Graphics workstation", gpu="optional")
     world.machine("classroom", "Classroom")
+    for minute in range(90):
+        world.clock.now += _MINUTE
+        if not 30 < minute < 40:  # it was restarted
+            busy = 2.0 + math.sin(minute / 9)
+            world.host(
+                "h2", load1=busy, memory_free_mib=int(24_000 - 5_000 * busy), disk_free_mib=400_000 - 500 * minute
+            )
+            world.portal.sample()
     world.host("h1", load1=2.4)
     card = Gpu("0000:41:00.0", "A4000", 2, ("0000:41:00.0",), False, "no way to reset it")
     world.host("h2", load1=0.3, gpus=(card,), problems=("guests are not fully limited: no cpu controller",))
@@ -76,7 +90,16 @@ def furnish(world: World) -> None:
     with world.writer.begin() as tx:
         after = advance(failed, Event.GONE, outcome=Outcome.FAILED, reason=Reason.QEMU_EXITED)
         tx.save(failed, after, Event.GONE)
-    world.session(OTHERS, "grace@example.org", State.RUNNING, created_at=now - 20 * _MINUTE)
-    world.portal.shares.make(RUNNING, PERSON, Audience.SIGNED_IN, 3600, "open sesame")
+    world.session(OTHERS, OTHER_PERSON, State.RUNNING, created_at=now - 20 * _MINUTE)
+    link, _ = world.portal.shares.make(RUNNING, PERSON, Audience.SIGNED_IN, 3600, "open sesame")
     world.portal.audit.note(ADMIN, "192.0.2.7", "drain", "h2", "Shuts down on Friday at 18:00; save your work.")
     world.portal.audit.note(PERSON, "192.0.2.31", "launch", RUNNING, "desktop")
+    kind, body = encode(LaunchRequested(LOST, PERSON, (), "desktop", Resources(2, 1024, 4), False, 3600, 600))
+    world.bus.publish(Outgoing(DEAD, "", kind, body)).result(0)
+    world.broker.deliver_one(DEAD)
+    (letter,) = world.portal.letters.newest()
+    return (
+        *_PAGES,
+        Shown("guest", f"/shared?link={link}", OTHER_PERSON),
+        Shown("letter", f"/admin/queues/dead/{letter.name}", ADMIN),
+    )

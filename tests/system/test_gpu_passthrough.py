@@ -109,4 +109,5 @@ def test_a_card_that_falls_off_its_bus_is_quarantined_over_a_restart_until_it_is
     (gpu,) = outer.order(restart=True)["gpus"]
     assert not gpu["offered"] and "does not answer" in gpu["problem"], "neither its return nor a restart lifts it"
     outer.shell(f"rm /tmp/df*/s/quarantine/{CARD[0]}.json")  # what `deskfleet-agent gpu release` does
-    assert outer.order(look=True)["gpus"][0]["offered"]
+    (gpu,) = outer.order(look=True)["gpus"]
+    assert gpu["offered"], gpu["problem"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,8 @@ class Bench:
         self.pci.card()
         self.ward = folder / "quarantine"
         self.resets = 0
+        self.resetting = False
+        self.slow_s = 0.0
         self.at_reset: Callable[[], object] = lambda: ""
         self.changes = 0
         self.held: set[str] = set()
@@ -80,8 +83,12 @@ class Bench:
 
         async def reset(gpu: Gpu, dev: Path) -> str:
             assert (gpu.functions, dev) == (CARD, self.pci.dev)
+            assert not self.resetting, "VFIO gives a group to one process only"
             self.resets += 1
+            self.resetting = True
             said = self.at_reset()
+            await asyncio.sleep(0)  # a reset takes its time
+            self.resetting = False
             return said if isinstance(said, str) else ""
 
         self.lending = GpuLending(
@@ -92,8 +99,12 @@ class Bench:
             dev=self.pci.dev,
             changed=changed,
             reset=reset,
-            driven=lambda: self.driven,
+            driven=self._driven,
         )
+
+    def _driven(self) -> set[str]:
+        time.sleep(self.slow_s)
+        return self.driven
 
     def refresh(self) -> None:
         asyncio.run(self.lending.refresh(lambda: self.held))
@@ -139,6 +150,17 @@ def test_a_card_is_not_offered_while_it_is_checked(bench: Bench) -> None:
     bench.at_reset = reset
     bench.use()
     assert seen == [False] and bench.gpu.offered
+
+
+def test_a_look_around_while_a_card_comes_back_checks_it_no_second_time(bench: Bench) -> None:
+    async def both() -> None:
+        await asyncio.gather(*(bench.lending.refresh(lambda: ()) for _ in range(2)), bench.lending.returned(CARD))
+
+    bench.refresh()
+    bench.lending.lent(CARD)
+    bench.slow_s = 0.05  # many processes to look through
+    asyncio.run(both())
+    assert bench.resets == 2 and bench.gpu.offered and bench.lending.in_quarantine == 0
 
 
 def test_a_card_that_was_away_is_checked_when_it_is_back(bench: Bench) -> None:

@@ -46,10 +46,7 @@ async def obey(host: Host, order: dict[str, Any]) -> object:
             host.stop(sid)
             await host.phase(sid, Phase.ENDED)
         case {"look": _}:
-            lending = host.service.lending
-            await lending.refresh(host.service._held)  # what it does every five seconds
-            # Its own look may be at the same card just now, and says the rest of it when it is done.
-            await host.until(lambda: not any("being checked" in gpu.problem for gpu in lending.gpus(())), "the check")
+            await host.service.lending.refresh(host.service._held)  # what it does every five seconds
     return [asdict(report) for report in host.reports]
 
 
