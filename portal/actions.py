@@ -5,17 +5,20 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections.abc import Collection
 
 from deskfleet.portal import words
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused, slow_down
-from deskfleet.portal.languages import english
+from deskfleet.portal.languages import english, gettext
 from deskfleet.portal.launching import Wish, prepare
+from deskfleet.portal.logins import TokenInfo
+from deskfleet.portal.scopes import Scope, stored
 from deskfleet.portal.services import services
 from deskfleet.portal.shares import MOST as MOST_LINKS
 from deskfleet.portal.shares import Audience, Share
 from deskfleet.portal.throttle import counters
-from deskfleet.portal.web import client_address, grant, mine, own_desktop, person, someone
+from deskfleet.portal.web import by_token, client_address, grant, mine, own_desktop, person, someone
 from deskfleet.schemas.messages import LaunchRequested
 from deskfleet.schemas.template import TemplateOrder
 from deskfleet.schemas.tickets import LIFETIME_S, Mode, Ticket
@@ -27,6 +30,9 @@ _LOOKS, _LOOK_S = 50, 0.02
 
 #: Unanswered requests that one person may have: enough for a class, too few to fill the disk.
 MOST_WAITING = 20
+#: Access tokens that one person may have.
+MOST_TOKENS = 50
+_DAY_S = 24 * 3600
 
 
 def launch(wish: Wish, sid: str, via: str) -> tuple[LaunchRequested, bool]:
@@ -218,6 +224,36 @@ def runs_soon(sid: str) -> bool:
     finally:
         _waiting.release()
     return False
+
+
+def _by_login() -> str:
+    """Who is logged in, not by a token: one that leaked must not make others that outlive it. Raises Problem."""
+    if by_token():
+        raise Problem(Refused.COOKIE_NEEDED)
+    return person().user
+
+
+def tokens() -> list[TokenInfo]:
+    """The access tokens of whoever asks, without their secrets. Raises Problem."""
+    return services().logins.tokens_of(_by_login())
+
+
+def make_token(label: str, days: int, scopes: Collection[Scope]) -> tuple[str, TokenInfo]:
+    """A new access token of whoever asks: its secret, and what is kept of it. Raises Problem."""
+    user, parts = _by_login(), services()
+    if len(tokens()) >= MOST_TOKENS:
+        raise Problem(Refused.TOO_MANY_TOKENS)
+    secret, info = parts.logins.make_token(person(), label, days * _DAY_S, scopes)
+    parts.audit.note(user, client_address(), "token made", info.name, f"{stored(info.scopes)}: {info.label}")
+    return secret, info
+
+
+def drop_token(name: str) -> None:
+    """Remove an access token of whoever asks; it is worth nothing from then on. Raises Problem."""
+    user = _by_login()
+    if not services().logins.drop_token(user, name):
+        raise Problem(Refused.NOT_FOUND, gettext("You have no token of this name."))
+    services().audit.note(user, client_address(), "token removed", name)
 
 
 def order_template(host: str, key: str, order: TemplateOrder) -> None:

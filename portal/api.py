@@ -24,13 +24,12 @@ from deskfleet.portal.launching import Wish, offered
 from deskfleet.portal.logins import TokenInfo
 from deskfleet.portal.services import services
 from deskfleet.portal.shares import Share
-from deskfleet.portal.web import admin_only, by_token, client_address, own_desktop, person, public
+from deskfleet.portal.web import admin_only, changes_nothing, own_desktop, person, public
 from deskfleet.schemas.machine import Machine
 from deskfleet.schemas.messages import Console
 from deskfleet.schemas.template import TemplateOrder
 
 _SID = re.compile(r"[0-9a-f]{32}")
-_DAY_S = 24 * 3600
 _NOBODY_KNOWS = {
     "outlook": "unknown",
     "host": "",
@@ -131,6 +130,7 @@ def launch(asked: tuple[str, Wish]) -> Any:
 
 
 @blueprint.post("/placements")
+@changes_nothing
 @blueprint.arguments(api_schemas.PlacementSchema)
 @blueprint.response(200, api_schemas.ForecastSchema)
 def placement(wish: Wish) -> dict[str, Any]:
@@ -276,18 +276,11 @@ def declare_dead(host: str) -> None:
     actions.declare_dead(host)
 
 
-def _cookie_user() -> str:
-    """Who is logged in by password: a token that leaked must not make others that outlive it."""
-    if by_token():
-        raise Problem(Refused.COOKIE_NEEDED)
-    return person().user
-
-
 @blueprint.get("/tokens")
 @blueprint.response(200, api_schemas.TokenSchema(many=True))
 def tokens() -> list[TokenInfo]:
     """The caller's access tokens, without their secrets. Not by a token."""
-    return services().logins.tokens_of(_cookie_user())
+    return actions.tokens()
 
 
 @blueprint.post("/tokens")
@@ -295,9 +288,7 @@ def tokens() -> list[TokenInfo]:
 @blueprint.response(201, api_schemas.MadeTokenSchema)
 def make_token(asked: dict[str, Any]) -> dict[str, Any]:
     """A new access token; its secret is in this answer and nowhere else. Not by a token."""
-    user = _cookie_user()
-    secret, info = services().logins.make_token(person(), asked["label"], asked["days"] * _DAY_S)
-    services().audit.note(user, client_address(), "token made", info.name, info.label)
+    secret, info = actions.make_token(asked["label"], asked["days"], asked["scopes"])
     return {**asdict(info), "token": secret}
 
 
@@ -305,7 +296,4 @@ def make_token(asked: dict[str, Any]) -> dict[str, Any]:
 @blueprint.response(204)
 def drop_token(name: str) -> None:
     """Remove one of the caller's access tokens; it is worth nothing from then on. Not by a token."""
-    user = _cookie_user()
-    if not services().logins.drop_token(user, name):
-        raise Problem(Refused.NOT_FOUND, "You have no token of this name.")
-    services().audit.note(user, client_address(), "token removed", name)
+    actions.drop_token(name)

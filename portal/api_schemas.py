@@ -8,6 +8,7 @@ from marshmallow import RAISE, Schema, fields, post_load, validate
 
 from deskfleet.portal.fleet import LONGEST_TEXT
 from deskfleet.portal.launching import Wish
+from deskfleet.portal.scopes import Scope
 from deskfleet.portal.shares import Audience
 from deskfleet.schemas.template import TemplateOrder, TemplateState
 
@@ -69,9 +70,12 @@ class ExtendSchema(Input):
 
 
 class NewTokenSchema(Input):
-    """A new access token: what it is for, and for how many days it is good."""
+    """A new access token: what it is for, what it may do, and for how many days it is good."""
 
     label = fields.Str(required=True, validate=validate.Length(1, 80))
+    scopes = fields.List(
+        fields.Enum(Scope, by_value=True), load_default=lambda: [Scope.DESKTOPS], validate=validate.Length(min=1)
+    )
     days = fields.Int(strict=True, load_default=30, validate=validate.Range(1, 366))
 
 
@@ -304,6 +308,7 @@ class TokenSchema(Schema):
 
     name = fields.Str()
     label = fields.Str()
+    scopes = fields.List(fields.Enum(Scope, by_value=True))
     created_at = fields.Float()
     expires_at = fields.Float()
 

@@ -31,6 +31,7 @@ from deskfleet.portal.login_pages import sign_in
 from deskfleet.portal.services import EXTENSION, Services, services
 from deskfleet.portal.settings import PortalSettings
 from deskfleet.portal.sharing import sharing
+from deskfleet.portal.token_pages import tokens
 from deskfleet.portal.views import pages
 from deskfleet.portal.web import by_token, check_access, public, someone
 
@@ -99,6 +100,7 @@ def create_app(parts: Services) -> Flask:
     app.register_blueprint(pages)
     app.register_blueprint(sharing)
     app.register_blueprint(sign_in)
+    app.register_blueprint(tokens)
     app.register_blueprint(admin)
     app.register_blueprint(lists)
     app.register_blueprint(queues)
@@ -255,7 +257,12 @@ def _answer(
         return redirect(target)
     else:
         text = render_template(
-            "error.html", status=int(status), message=problem.message, details=problem.details, reference=reference
+            "error.html",
+            status=int(status),
+            reason=problem.reason.value,
+            message=problem.message,
+            details=problem.details,
+            reference=reference,
         )
         response = Response(text)
     response.status_code = int(status)

@@ -26,6 +26,7 @@ from deskfleet.portal.audit import Audit
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.cli_common import Refusal, config_option, printable, table
 from deskfleet.portal.logins import Logins
+from deskfleet.portal.scopes import Scope, stored
 from deskfleet.portal.settings import PortalSchema, PortalSettings
 from deskfleet.portal.store import Store
 from deskfleet.runtime.secret import HIDDEN, Secret
@@ -196,8 +197,17 @@ def token() -> None:
 @click.argument("name", metavar="USER")
 @click.option("--label", default="command line", show_default=True, help="What it is for.")
 @click.option("--days", type=click.IntRange(1, 366), default=30, show_default=True, help="For how long it is good.")
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice([scope.value for scope in Scope]),
+    multiple=True,
+    default=[Scope.DESKTOPS.value],
+    show_default=True,
+    help="What it may do, within what its owner may; may be given more than once.",
+)
 @config_option
-def token_create(name: str, label: str, days: int, config: Path) -> None:
+def token_create(name: str, label: str, days: int, scopes: tuple[str, ...], config: Path) -> None:
     """Make a token for a local account and print it, alone. It is shown this once."""
     if not 1 <= len(label) <= 80:
         raise click.UsageError("the label must have 1 to 80 characters")
@@ -206,8 +216,8 @@ def token_create(name: str, label: str, days: int, config: Path) -> None:
         if account is None or account.disabled:
             raise Refusal(f"there is no account {name!r}" if account is None else f"the account {name!r} is disabled")
         identity = Identity(account.user, Accounts.name, account.groups, account.admin)
-        secret, info = local.logins.make_token(identity, label, days * _DAY_S)
-        local.note("token made", info.name, f"for {account.user}: {label}")
+        secret, info = local.logins.make_token(identity, label, days * _DAY_S, [Scope(scope) for scope in scopes])
+        local.note("token made", info.name, f"for {account.user}, {stored(info.scopes)}: {label}")
     click.echo(secret)
 
 

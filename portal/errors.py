@@ -50,6 +50,8 @@ class Refused(StrEnum):
     NOT_REPLAYABLE = "not_replayable"
     NOT_CONFIRMED = "not_confirmed"
     COOKIE_NEEDED = "cookie_needed"
+    OUT_OF_SCOPE = "out_of_scope"
+    TOO_MANY_TOKENS = "too_many_tokens"
     QUEUE_AWAY = "queue_away"
     RECORDS_AWAY = "records_away"
     BROKEN = "broken"
@@ -143,6 +145,11 @@ ANSWERS: dict[Refused, tuple[HTTPStatus, str]] = {
         HTTPStatus.FORBIDDEN,
         N_("A token can't make or remove tokens. Log in with your password."),
     ),
+    Refused.OUT_OF_SCOPE: (
+        HTTPStatus.FORBIDDEN,
+        N_("This token is not good for that. Make one with the scope it needs."),
+    ),
+    Refused.TOO_MANY_TOKENS: (HTTPStatus.CONFLICT, N_("You have very many tokens. Remove one first.")),
     Refused.QUEUE_AWAY: (
         HTTPStatus.SERVICE_UNAVAILABLE,
         N_("The message queue can't be reached, so nothing was changed. Try again in a moment."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from sqlalchemy import RowMapping, Table, bindparam, delete, func, insert, selec
 
 from deskfleet.portal import tables
 from deskfleet.portal.auth import Identity
+from deskfleet.portal.scopes import Scope, loaded, stored
 from deskfleet.portal.store import Store, digest
 from deskfleet.runtime.service import Clock
 
@@ -25,6 +27,7 @@ class TokenInfo:
     name: str
     user: str
     label: str
+    scopes: tuple[Scope, ...]
     created_at: float
     expires_at: float
 
@@ -87,26 +90,40 @@ class Logins:
         with self._store.writing() as connection:
             connection.execute(delete(tables.login).where(tables.login.c.digest == digest(secret)))
 
-    def make_token(self, identity: Identity, label: str, lifetime_s: float) -> tuple[str, TokenInfo]:
+    def make_token(
+        self, identity: Identity, label: str, lifetime_s: float, scopes: Collection[Scope]
+    ) -> tuple[str, TokenInfo]:
         """A new personal access token: the secret, to be shown once, and what is kept about it."""
         secret = TOKEN_PREFIX + secrets.token_urlsafe(32)
         row = _columns(identity, self._clock.wall(), lifetime_s)
         name = secrets.token_hex(4)
         with self._store.writing() as connection:
-            connection.execute(insert(tables.token).values(digest=digest(secret), name=name, label=label, **row))
-        return secret, TokenInfo(name, identity.user, label, row["created_at"], row["expires_at"])
+            new = insert(tables.token).values(
+                digest=digest(secret), name=name, label=label, scopes=stored(scopes), **row
+            )
+            connection.execute(new)
+        return secret, TokenInfo(
+            name, identity.user, label, loaded(stored(scopes)), row["created_at"], row["expires_at"]
+        )
 
-    def find_token(self, secret: str) -> Identity | None:
-        """Whose token this is; None when there is no such token any more."""
+    def find_token(self, secret: str) -> tuple[Identity, tuple[Scope, ...]] | None:
+        """Whose token this is, and what it is good for; None when there is no such token any more."""
         row = self._look_up(tables.token, secret)
-        return _identity(row) if row else None
+        return (_identity(row), loaded(row["scopes"])) if row else None
 
     def tokens_of(self, user: str) -> list[TokenInfo]:
         """A person's tokens, oldest first."""
         query = select(tables.token).where(tables.token.c.user == user).order_by(tables.token.c.created_at)
         with self._store.reading() as connection:
             return [
-                TokenInfo(row["name"], row["user"], row["label"], row["created_at"], row["expires_at"])
+                TokenInfo(
+                    row["name"],
+                    row["user"],
+                    row["label"],
+                    loaded(row["scopes"]),
+                    row["created_at"],
+                    row["expires_at"],
+                )
                 for row in connection.execute(query).mappings()
             ]
 

@@ -73,6 +73,7 @@ token = Table(
     Column("method", String(16), nullable=False),
     Column("groups", Text, nullable=False),
     Column("label", String(80), nullable=False),
+    Column("scopes", String(80), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("expires_at", Float, nullable=False),
 )

@@ -7,15 +7,19 @@ closed by default. A Bearer token stands for itself: with one, cookies are not l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from flask import current_app, g, request, session
 
+from deskfleet.portal import scopes
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.auth_header import inside
 from deskfleet.portal.desktops import Desktop
 from deskfleet.portal.errors import Problem, Refused
 from deskfleet.portal.grants import login_grant
+from deskfleet.portal.languages import gettext
+from deskfleet.portal.scopes import Scope
 from deskfleet.portal.services import services
 
 _View = TypeVar("_View", bound=Callable[..., Any])
@@ -25,11 +29,18 @@ LOGIN = "login"
 #: By this header the pages' own scripts say that nobody did anything; what htmx asks for carries one of its own.
 UNATTENDED = "X-Deskfleet-Unattended"
 _BEARER = "Bearer "
+_SAFE = ("GET", "HEAD", "OPTIONS")
 
 
 def public(view: _View) -> _View:
     """Mark a view that needs no login."""
     view.deskfleet_access = "public"  # type: ignore[attr-defined]
+    return view
+
+
+def changes_nothing(view: _View) -> _View:
+    """Mark a POST that only asks."""
+    view.deskfleet_changes_nothing = True  # type: ignore[attr-defined]
     return view
 
 
@@ -43,20 +54,39 @@ def access(endpoint: str | None) -> str:
     """What a view needs: public, person or admin. Unknown addresses are public, so that they get a plain 404."""
     if endpoint is None or endpoint == "static":
         return "public"
+    return cast(str, _mark(endpoint, "deskfleet_access", "person"))
+
+
+def _mark(endpoint: str, name: str, default: object) -> object:
     view = current_app.view_functions.get(endpoint)
     # A class-based view (flask-smorest) carries the mark on the method.
     methods = getattr(view, "view_class", None)
     marked = getattr(methods, request.method.lower(), view) if methods else view
-    return cast(str, getattr(marked, "deskfleet_access", "person"))
+    return getattr(marked, name, default)
 
 
 def check_access() -> None:
     """Before each request: refuse who may not. Raises Problem."""
     needed = access(request.endpoint)
+    if by_token() and someone() is not None:
+        _check_scope(scopes.needed(needed, changes()))
     if needed == "admin":
         administrator()
     elif needed == "person":
         person()
+
+
+def _check_scope(wanted: Scope | None) -> None:
+    """Refuse what the token is not good for. Raises Problem."""
+    if wanted is not None and not scopes.allows(g.scopes, wanted):
+        services().audit.note(person().user, client_address(), "refused", request.path, f"the token lacks {wanted}")
+        message = gettext("This token is not good for that: it needs the scope %(scope)s.", scope=wanted.value)
+        raise Problem(Refused.OUT_OF_SCOPE, message)
+
+
+def changes() -> bool:
+    """Whether the request is one that may change something."""
+    return request.method not in _SAFE and not _mark(request.endpoint or "", "deskfleet_changes_nothing", False)
 
 
 def whole(given: Mapping[str, str], name: str, default: int = 0) -> int:
@@ -85,14 +115,20 @@ def someone() -> Identity | None:
 def _look_up() -> Identity | None:
     logins = services().logins
     if by_token():
-        found = logins.find_token(request.headers["Authorization"].removeprefix(_BEARER).strip())
-    else:
-        secret = session.get(LOGIN)
-        found = logins.find(secret, used=not unattended()) if isinstance(secret, str) else None
+        known = logins.find_token(request.headers["Authorization"].removeprefix(_BEARER).strip())
+        if known is None:
+            return None
+        who, g.scopes = known
+        now = services().chain.current(who)
+        # Without the scope of an administrator, the token of one is like anybody's.
+        fleet = scopes.allows(g.scopes, Scope.FLEET if changes() else Scope.FLEET_READ)
+        return now if now is None or fleet else replace(now, admin=False)
+    secret = session.get(LOGIN)
+    found = logins.find(secret, used=not unattended()) if isinstance(secret, str) else None
     if found is None:
         return None
     headers = services().headers
-    if headers is not None and found.method == headers.name and not by_token():
+    if headers is not None and found.method == headers.name:
         # The proxy in front says it anew each time, and may name somebody else by now.
         now = headers.identify(request.environ)
         return services().chain.ranked(now) if now and now.user == found.user else None

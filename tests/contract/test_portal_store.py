@@ -21,6 +21,7 @@ from deskfleet.portal.audit import question
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.history import Span
 from deskfleet.portal.outbox import Stage
+from deskfleet.portal.scopes import Scope
 from deskfleet.portal.store import Store, StoreError
 from deskfleet.portal.throttle import counters
 from deskfleet.runtime.bus import Outgoing
@@ -219,8 +220,9 @@ def test_one_account_of_a_name(world: World) -> None:
 def test_logins_tokens_and_audit(world: World) -> None:
     identity = Identity("经济 O'Neil", "local", ("a", "b"))
     secret = world.portal.logins.open(identity, 60)
-    token, info = world.portal.logins.make_token(identity, "x" * 80, 60)
-    assert world.portal.logins.find(secret) == world.portal.logins.find_token(token) == identity
+    token, info = world.portal.logins.make_token(identity, "x" * 80, 60, list(Scope))
+    assert world.portal.logins.find(secret) == identity
+    assert world.portal.logins.find_token(token) == (identity, tuple(Scope))
     assert world.portal.logins.drop_token(identity.user, info.name)
     world.portal.logins.close(secret)
     assert world.portal.logins.find(secret) is None

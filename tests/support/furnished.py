@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from support.portals import PASSWORD, World
 
 from deskfleet.ledger.reader import Wait
+from deskfleet.portal.auth import Identity
+from deskfleet.portal.scopes import Scope
 from deskfleet.portal.shares import Audience
 from deskfleet.runtime.bus import Outgoing
 from deskfleet.schemas.errors import Reason
@@ -42,6 +44,7 @@ _PAGES = (
     Shown("failed", f"/progress/{FAILED}"),
     Shown("desktop", f"/desktop/{RUNNING}"),
     Shown("share", f"/desktops/{RUNNING}/share"),
+    Shown("tokens", "/tokens/"),
     Shown("error", "/nowhere"),
     Shown("admin", "/admin/", ADMIN),
     Shown("sessions", "/admin/sessions", ADMIN),
@@ -92,6 +95,8 @@ def furnish(world: World) -> tuple[Shown, ...]:
         tx.save(failed, after, Event.GONE)
     world.session(OTHERS, OTHER_PERSON, State.RUNNING, created_at=now - 20 * _MINUTE)
     link, _ = world.portal.shares.make(RUNNING, PERSON, Audience.SIGNED_IN, 3600, "open sesame")
+    for label, scope in (("Nightly run", Scope.DESKTOPS), ("What is there", Scope.DESKTOPS_READ)):
+        world.portal.logins.make_token(Identity(PERSON, "local"), label, 30 * 24 * 3600, [scope])
     world.portal.audit.note(ADMIN, "192.0.2.7", "drain", "h2", "Shuts down on Friday at 18:00; save your work.")
     world.portal.audit.note(PERSON, "192.0.2.31", "launch", RUNNING, "desktop")
     kind, body = encode(LaunchRequested(LOST, PERSON, (), "desktop", Resources(2, 1024, 4), False, 3600, 600))

@@ -20,6 +20,7 @@ from deskfleet.ledger.engine import migrate, open_engine
 from deskfleet.ledger.reader import Reader
 from deskfleet.ledger.writer import Writer
 from deskfleet.portal.auth import Identity
+from deskfleet.portal.scopes import Scope
 from deskfleet.portal.services import Services, build
 from deskfleet.portal.settings import PortalSchema, PortalSettings
 from deskfleet.portal.store import Store
@@ -300,6 +301,7 @@ def signed_in(app: Flask, user: str) -> Browser:
     return browser
 
 
-def bearer(world: World, user: str) -> dict[str, str]:
-    secret, _ = world.portal.logins.make_token(Identity(user, "local"), "test", 3600)
+def bearer(world: World, user: str, *scopes: Scope) -> dict[str, str]:
+    """The header of a token of somebody's, which may do what they may unless scopes are named."""
+    secret, _ = world.portal.logins.make_token(Identity(user, "local"), "test", 3600, scopes or [Scope.FLEET])
     return {"Authorization": f"Bearer {secret}"}

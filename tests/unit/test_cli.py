@@ -22,6 +22,7 @@ from deskfleet.portal import api, api_admin, languages
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.cli import main
 from deskfleet.portal.errors import Problem
+from deskfleet.portal.scopes import Scope
 from deskfleet.portal.services import EXTENSION, Services, build
 from deskfleet.portal.settings import PortalSchema
 from deskfleet.portal.sharing import sharing
@@ -151,7 +152,7 @@ def portal(parts: Services) -> Iterator[str]:
 
 
 def token(parts: Services, user: str) -> str:
-    return parts.logins.make_token(Identity(user, "local"), "test", 3600)[0]
+    return parts.logins.make_token(Identity(user, "local"), "test", 3600, [Scope.FLEET])[0]
 
 
 def remote(url: str, secret: str, *arguments: str, stdin: str = "") -> Result:
@@ -211,13 +212,20 @@ def test_refusals_say_why(run: Run, arguments: tuple[str, ...], stdin: str, word
     assert words in done.stderr
 
 
+def test_a_token_may_do_what_was_said_and_nothing_else(run: Run, parts: Services) -> None:
+    secret = run("token", "create", "ann", "--scope", "desktops:read", "--scope", "fleet:read").stdout.strip()
+    found = parts.logins.find_token(secret)
+    assert found and found[1] == (Scope.DESKTOPS_READ, Scope.FLEET_READ)
+    assert run("token", "create", "ann", "--scope", "everything").exit_code == 2
+
+
 def test_a_token_is_printed_alone_and_ends_with_the_password(run: Run, parts: Services) -> None:
     done = run("token", "create", "ann", "--days", "2")
     secret = done.stdout.strip()
     assert (done.exit_code, done.stdout) == (0, f"{secret}\n")
     found = parts.logins.find_token(secret)
     assert found is not None
-    assert found.user == "ann"
+    assert (found[0].user, found[1]) == ("ann", (Scope.DESKTOPS,))
     assert run("user", "passwd", "ann", stdin="another one\n").exit_code == 0
     assert parts.logins.find_token(secret) is None
 

@@ -53,6 +53,8 @@ DATA = [
     "workstation",
     "classroom",
     "portal",
+    "Nightly run",
+    "What is there",
     *sorted(FIGURES, reverse=True),  # what begins with another comes before it
 ]
 PLACE = re.compile(r"(%\(\w+\)s|%%|\{\w+\}|</?\w+>)")

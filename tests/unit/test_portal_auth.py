@@ -10,6 +10,7 @@ from support.portals import PASSWORD, World
 
 from deskfleet.portal.accounts import AccountError
 from deskfleet.portal.auth import Answer, Chain, Identity, Unavailable, WrongPassword, plausible
+from deskfleet.portal.scopes import Scope
 
 
 class Scripted:
@@ -147,7 +148,10 @@ def test_a_change_ends_logins_and_tokens_at_once(world: World, change: str) -> N
     portal.accounts.add("alice", PASSWORD)
     portal.accounts.add("bob", PASSWORD)
     alice = Identity("alice", "local")
-    login, (token, _) = portal.logins.open(alice, 3600), portal.logins.make_token(alice, "script", 3600)
+    login, (token, _) = (
+        portal.logins.open(alice, 3600),
+        portal.logins.make_token(alice, "script", 3600, [Scope.DESKTOPS]),
+    )
     others = portal.logins.open(Identity("bob", "local"), 3600)
     if change == "disable":
         portal.accounts.set_disabled("alice", True)
@@ -188,7 +192,10 @@ def test_a_login_lasts_as_long_as_it_was_given(world: World) -> None:
 
 def test_secrets_of_logins_and_tokens_are_kept_as_hashes(world: World, tmp_path: Path) -> None:
     alice = Identity("alice", "local")
-    login, (token, info) = world.portal.logins.open(alice, 60), world.portal.logins.make_token(alice, "x", 60)
+    login, (token, info) = (
+        world.portal.logins.open(alice, 60),
+        world.portal.logins.make_token(alice, "x", 60, [Scope.DESKTOPS]),
+    )
     kept = b"".join(path.read_bytes() for path in tmp_path.glob("portal.db*"))
     assert login.encode() not in kept and token.encode() not in kept
     assert token.startswith("dft_") and len(token) > 40
@@ -196,7 +203,7 @@ def test_secrets_of_logins_and_tokens_are_kept_as_hashes(world: World, tmp_path:
 
 
 def test_a_token_is_removed_by_its_owner_alone(world: World) -> None:
-    token, info = world.portal.logins.make_token(Identity("alice", "local"), "x", 60)
+    token, info = world.portal.logins.make_token(Identity("alice", "local"), "x", 60, [Scope.DESKTOPS])
     assert not world.portal.logins.drop_token("bob", info.name)
     assert world.portal.logins.find_token(token)
     assert world.portal.logins.drop_token("alice", info.name)

@@ -16,6 +16,8 @@ from support.portals import PASSWORD, Browser, World, bearer, signed_in
 from deskfleet.ledger.reader import Wait
 from deskfleet.portal.app import create_app
 from deskfleet.portal.audit import Entry
+from deskfleet.portal.auth import Identity
+from deskfleet.portal.scopes import Scope
 from deskfleet.portal.web import access
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu
@@ -114,6 +116,9 @@ ACCESS = {
     "api_admin.queues": "admin",
     "api_admin.images": "admin",
     "api_admin.history": "admin",
+    "tokens.page": "person",
+    "tokens.make": "person",
+    "tokens.remove": "person",
     "api_admin.letters": "admin",
     "api_admin.letter": "admin",
     "api_admin.replay": "admin",
@@ -452,6 +457,66 @@ def test_a_bearer_token_stands_for_itself_and_needs_no_csrf(world: World, app: F
 def test_no_other_authorization_header_gets_round_csrf(world: World, alice: Browser, scheme: str) -> None:
     answer = alice.client.post("/api/v1/sessions", json={"machine": "desktop"}, headers={"Authorization": scheme})
     assert answer.status_code in (400, 401) and world.sent() == []
+
+
+@pytest.mark.parametrize("scope", Scope)
+def test_a_token_does_on_each_route_what_its_scope_says(world: World, app: Flask, scope: Scope) -> None:
+    """An administrator's token, who may do everything: what is refused is refused for the scope."""
+    world.portal.accounts.add("root@example.org", PASSWORD)
+    headers, wrong = bearer(world, "root@example.org", scope), []
+    only_asks = {"api.placement"}
+    for endpoint, method, path in every_call(app):
+        changes = method != "GET" and endpoint not in only_asks
+        enough = {
+            ("admin", True): {Scope.FLEET},
+            ("admin", False): {Scope.FLEET, Scope.FLEET_READ},
+            ("person", True): {Scope.FLEET, Scope.DESKTOPS},
+            ("public", True): {Scope.FLEET, Scope.DESKTOPS},
+        }.get((ACCESS[endpoint], changes), set(Scope))
+        answer = app.test_client().open(path, method=method, headers=headers, buffered=True)
+        refused = b"out_of_scope" in answer.data
+        if refused is (scope in enough) or (refused and answer.status_code != 403):
+            wrong.append((endpoint, method, answer.status_code))
+    assert wrong == [], wrong
+
+
+def test_an_administrators_token_without_that_scope_is_anybodys(world: World, app: Flask) -> None:
+    world.portal.accounts.add("root@example.org", PASSWORD)
+    world.session(OTHERS, "bob", State.RUNNING)
+    for scope, status in ((Scope.DESKTOPS, 404), (Scope.FLEET_READ, 403), (Scope.FLEET, 200)):
+        answer = app.test_client().post(
+            f"/api/v1/sessions/{OTHERS}/stop", headers=bearer(world, "root@example.org", scope)
+        )
+        assert answer.status_code == status, scope
+    assert (
+        app.test_client()
+        .get(f"/api/v1/sessions/{OTHERS}", headers=bearer(world, "root@example.org", Scope.FLEET_READ))
+        .json
+    )
+
+
+def test_tokens_are_made_shown_and_removed_by_their_page(world: World, app: Flask, alice: Browser) -> None:
+    page = alice.post("/tokens/", {"label": "  night  run ", "scope": "desktops:read", "days": "7"})
+    secret = re.search(r"dft_[\w-]{40,}", page.text)
+    assert page.status_code == 200 and secret
+    (made,) = world.portal.logins.tokens_of("alice")
+    assert (made.label, made.scopes, made.expires_at - made.created_at) == ("night run", (Scope.DESKTOPS_READ,), 604800)
+    again = alice.get("/tokens/").text
+    assert "night run" in again and secret[0] not in again and "fleet:read" not in again
+    assert world.portal.audit.newest()[0].detail == "desktops:read: night run"
+    for wrong in ({"label": ""}, {"label": "x" * 81}, {"scope": "all"}, {"days": "5000"}, {"days": "x"}):
+        answer = alice.post("/tokens/", {"label": "x", "scope": "desktops", "days": "7", **wrong})
+        assert answer.status_code == 422 and 'data-reason="bad_fields"' in answer.text
+    assert Browser(app).client.post(f"/tokens/{made.name}/remove").status_code == 302
+    assert alice.post(f"/tokens/{made.name}/remove").status_code == 303
+    assert world.portal.logins.tokens_of("alice") == []
+
+
+def test_nobody_has_more_than_fifty_tokens(world: World, alice: Browser) -> None:
+    for _ in range(50):
+        world.portal.logins.make_token(Identity("alice", "local"), "x", 3600, [Scope.DESKTOPS])
+    answer = alice.post("/api/v1/tokens", json={"label": "one more"})
+    assert (answer.status_code, answer.json["reason"]) == (409, "too_many_tokens")
 
 
 def test_a_token_makes_no_tokens(world: World, app: Flask) -> None:
