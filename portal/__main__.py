@@ -40,6 +40,7 @@ _SWEEP_S = 1.0
 _SAMPLE_S = 15.0
 _PRUNE_S = 600.0
 _MAIL_S = 5.0
+_RECHECK_S = 30.0
 
 
 class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn is not typed
@@ -78,7 +79,7 @@ class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn is not typed
 
 
 def start(sections: dict[str, Any]) -> Services:
-    """Make the parts of one worker and start its threads: the bus's own, one for sweeps, and one for mails."""
+    """Make the parts of one worker and start its threads: the bus's own, for sweeps, for rights, for mails."""
     settings: PortalSettings = sections["portal"]
     clock = SystemClock()
     loop = MainLoop(clock)
@@ -100,6 +101,9 @@ def start(sections: dict[str, Any]) -> Services:
     bus.on_connect(parts.sweep)
     bus.start()
     threading.Thread(target=loop.run, name="portal-loop", daemon=True).start()
+    rights = MainLoop(clock)
+    rights.every(_RECHECK_S, parts.recheck)
+    threading.Thread(target=rights.run, name="portal-rights", daemon=True).start()
     if parts.notices is not None:
         post = MainLoop(clock)
         post.every(_MAIL_S, parts.send_mails)

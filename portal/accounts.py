@@ -6,12 +6,13 @@ import json
 import threading
 from dataclasses import dataclass
 
-from sqlalchemy import bindparam, delete, insert, select, update
+from sqlalchemy import and_, bindparam, insert, select, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from werkzeug.security import check_password_hash, generate_password_hash
 
 from deskfleet.portal import tables
 from deskfleet.portal.auth import LONGEST_NAME, Answer, Identity, Unavailable, WrongPassword, normal, plausible
+from deskfleet.portal.logins import end_logins
 from deskfleet.portal.store import Store
 from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DeskfleetError
@@ -127,7 +128,8 @@ class Accounts:
             if connection.execute(query).rowcount != 1:
                 raise AccountError(f"there is no account {name!r}")
             for table in (tables.login, tables.token):
-                connection.execute(delete(table).where(table.c.user == name, table.c.method == self.name))
+                mine = and_(table.c.user == name, table.c.method == self.name)
+                end_logins(connection, table, mine, self._clock.wall())
 
 
 def _check_password(user: str, password: str) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import Connection, delete, or_, select, update
 
 from deskfleet.portal import tables
 from deskfleet.portal.store import Store, digest, upsert
@@ -40,7 +40,21 @@ _NO_SID = "0" * 32
 
 def login_grant(secret: str) -> str:
     """The grant of a login or an access token, by its secret."""
-    return f"login-{digest(secret)[:16]}"
+    return grant_of(digest(secret))
+
+
+def grant_of(digest_: str) -> str:
+    """The same, by what is kept of the secret."""
+    return f"login-{digest_[:16]}"
+
+
+def end(connection: Connection, grants: Iterable[str], now: float) -> None:
+    """End these rights within a transaction that changes what they come from; the next sweep announces it."""
+    rows = [{"grant": grant, "at": now, "told_at": None, "next_at": now} for grant in grants]
+    if rows:
+        insertion = upsert(connection, tables.revocation)
+        again = {name: insertion.excluded[name] for name in ("at", "told_at", "next_at")}
+        connection.execute(insertion.on_conflict_do_update(index_elements=["grant"], set_=again), rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +78,11 @@ class Grants:
 
     def revoke(self, grants: Iterable[str]) -> None:
         """End these rights, now and for good."""
-        now, ended = self._clock.wall(), list(grants)
+        ended = list(grants)
         if not ended:
             return
-        rows = [{"grant": grant, "at": now, "told_at": None, "next_at": now} for grant in ended]
         with self._store.writing() as connection:
-            insertion = upsert(connection, tables.revocation).values(rows)
-            connection.execute(insertion.on_conflict_do_nothing(index_elements=["grant"]))
+            end(connection, ended, self._clock.wall())
         self.sweep()
 
     def sweep(self) -> None:

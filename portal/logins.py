@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import RowMapping, Table, bindparam, delete, func, insert, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    RowMapping,
+    Table,
+    and_,
+    bindparam,
+    delete,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 
 from deskfleet.portal import tables
 from deskfleet.portal.auth import Identity
+from deskfleet.portal.grants import end, grant_of
 from deskfleet.portal.scopes import Scope, loaded, stored
 from deskfleet.portal.store import Store, digest
 from deskfleet.runtime.service import Clock
@@ -52,6 +66,13 @@ _BY_DIGEST = {
 }
 
 
+def end_logins(connection: Connection, table: Table, which: ColumnElement[bool], now: float) -> int:
+    """Remove logins or tokens, and end what they gave a right to; returns how many there were."""
+    ended = list(connection.scalars(delete(table).where(which).returning(table.c.digest)))
+    end(connection, [grant_of(found) for found in ended], now)
+    return len(ended)
+
+
 class Logins:
     """Who is logged in, and by which tokens programs may act for whom. Secrets are kept as hashes only.
 
@@ -62,6 +83,8 @@ class Logins:
         self._store = store
         self._clock = clock
         self._idle_s = idle_s
+        #: Who was found to be gone, and still has a token.
+        self._gone: set[Identity] = set()
 
     def open(self, identity: Identity, lifetime_s: float) -> str:
         """Remember a login; returns the secret that goes into the cookie."""
@@ -88,7 +111,7 @@ class Logins:
     def close(self, secret: str) -> None:
         """End a login."""
         with self._store.writing() as connection:
-            connection.execute(delete(tables.login).where(tables.login.c.digest == digest(secret)))
+            end_logins(connection, tables.login, tables.login.c.digest == digest(secret), self._clock.wall())
 
     def make_token(
         self, identity: Identity, label: str, lifetime_s: float, scopes: Collection[Scope]
@@ -129,9 +152,9 @@ class Logins:
 
     def drop_token(self, user: str, name: str) -> bool:
         """Remove a person's token; False when there is none of that name."""
-        query = delete(tables.token).where(tables.token.c.user == user, tables.token.c.name == name)
+        mine = and_(tables.token.c.user == user, tables.token.c.name == name)
         with self._store.writing() as connection:
-            return connection.execute(query).rowcount == 1
+            return end_logins(connection, tables.token, mine, self._clock.wall()) == 1
 
     def now(self) -> dict[str, int]:
         """Who is logged in, and how often."""
@@ -142,14 +165,47 @@ class Logins:
         with self._store.reading() as connection:
             return {row[0]: row[1] for row in connection.execute(query)}
 
-    def prune(self) -> None:
-        """Forget what has expired."""
+    def sweep(self) -> None:
+        """End what has expired or is idle. Repeated every second."""
+        now = self._clock.wall()
+        over = {table: table.c.expires_at <= now for table in (tables.login, tables.token)}
+        if self._idle_s:
+            over[tables.login] = or_(over[tables.login], tables.login.c.used_at <= now - self._idle_s)
+        for table, condition in over.items():
+            with self._store.reading() as connection:  # mostly there is none, and nobody waits for the disk
+                found = connection.execute(select(table.c.digest).where(condition).limit(1)).first()
+            if found is not None:
+                with self._store.writing() as connection:
+                    end_logins(connection, table, condition, now)
+
+    def end_gone(self, current: Callable[[Identity], Identity | None]) -> set[Identity]:
+        """End the logins, and what is open by the tokens, of those whom `current` knows no more; returns who they are.
+
+        The tokens are kept, and refused as long as their owner is: a directory that is set up wrongly for an hour
+        should not cost a site its scripts.
+        """
+        gone = {who for who in self._holders() if current(who) is None}
+        found, self._gone = gone - self._gone, gone
+        for who in found:
+            self._shut_out(who)
+        return found
+
+    def _holders(self) -> set[Identity]:
+        with self._store.reading() as connection:
+            return {
+                _identity(row)
+                for table in (tables.login, tables.token)
+                for row in connection.execute(select(table.c.user, table.c.method, table.c.groups)).mappings()
+            }
+
+    def _shut_out(self, who: Identity) -> None:
         now = self._clock.wall()
         with self._store.writing() as connection:
-            for table in (tables.login, tables.token):
-                connection.execute(delete(table).where(table.c.expires_at < now))
-            if self._idle_s:
-                connection.execute(delete(tables.login).where(tables.login.c.used_at < now - self._idle_s))
+            mine = and_(tables.login.c.user == who.user, tables.login.c.method == who.method)
+            end_logins(connection, tables.login, mine, now)
+            token = tables.token.c
+            held = select(token.digest).where(token.user == who.user, token.method == who.method)
+            end(connection, [grant_of(found) for found in connection.scalars(held)], now)
 
     def _look_up(self, table: Table, secret: str) -> RowMapping | None:
         now = self._clock.wall()

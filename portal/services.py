@@ -103,6 +103,7 @@ class Services:
         run_callback(self.outbox.sweep, "the sweep of stored requests")
         run_callback(self.letters.sweep, "the sweep of dead letters")
         run_callback(self.shares.sweep, "the sweep of links")
+        run_callback(self.logins.sweep, "the sweep of logins")
         run_callback(self.grants.sweep, "the sweep of rights that have ended")
 
     def send_mails(self) -> None:
@@ -119,11 +120,21 @@ class Services:
 
         run_callback(take, "keeping the figures of the hosts")
 
+    def recheck(self) -> None:
+        """End what people had whose account is gone or disabled by now, on a thread that may take its time: directories
+        are asked. Failures are logged."""
+
+        def look() -> None:
+            for who in self.logins.end_gone(self.chain.current):
+                log.warning("%s has no account any more: logins ended", who.user)
+                self.audit.note(who.user, "-", "shut out", detail=f"no {who.method} account any more")
+
+        run_callback(look, "looking whether people still have their accounts")
+
     def prune(self) -> None:
         """Forget what is old."""
         for what, prune in (
             ("requests", self.outbox.prune),
-            ("logins", self.logins.prune),
             ("throttle", self.throttle.prune),
             ("audit", self.audit.prune),
             ("dead letters", self.letters.prune),

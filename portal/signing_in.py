@@ -11,7 +11,6 @@ from flask import request, session
 from deskfleet.portal.auth import Answer, Identity, Unavailable, WrongPassword
 from deskfleet.portal.email_codes import EmailCodes, Fault
 from deskfleet.portal.errors import Problem, Refused, slow_down
-from deskfleet.portal.grants import login_grant
 from deskfleet.portal.languages import language
 from deskfleet.portal.services import services
 from deskfleet.portal.throttle import Counter, code_counters, counters, folded
@@ -129,7 +128,7 @@ def log_out() -> None:
     who = person()
     if isinstance(secret, str):
         services().logins.close(secret)
-        services().grants.revoke([login_grant(secret)])
+        services().grants.sweep()
     browser = {key: session[key] for key in (_BROWSER, _WAS) if key in session}
     session.clear()
     session.update(browser)
@@ -177,7 +176,7 @@ def _enter(who: Identity, name: str) -> Identity:
     old = session.get(LOGIN)
     if isinstance(old, str):
         parts.logins.close(old)
-        parts.grants.revoke([login_grant(old)])
+        parts.grants.sweep()
     browser = session.get(_BROWSER) or secrets.token_hex(16)
     session.clear()  # nothing from before the login is good after it, the CSRF token included
     session.update({LOGIN: parts.logins.open(who, parts.settings.login_s), _BROWSER: browser, _WAS: name})

@@ -5,6 +5,7 @@ Cases C24 and C25 of the known ones at launch: what points outside is refused th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -71,10 +72,11 @@ def opened_for_writing(sid: str, path: Path) -> list[bool]:
     ]
     found = []
     for entry in Path(f"/proc/{process.pid}/fd").iterdir():
-        if os.readlink(entry) == str(path):
-            info = Path(f"/proc/{process.pid}/fdinfo/{entry.name}").read_text()
-            (flags,) = [int(row.split()[1], 8) for row in info.splitlines() if row.startswith("flags:")]
-            found.append(flags & os.O_ACCMODE != os.O_RDONLY)
+        with contextlib.suppress(FileNotFoundError):  # others come and go
+            if os.readlink(entry) == str(path):
+                info = Path(f"/proc/{process.pid}/fdinfo/{entry.name}").read_text()
+                (flags,) = [int(row.split()[1], 8) for row in info.splitlines() if row.startswith("flags:")]
+                found.append(flags & os.O_ACCMODE != os.O_RDONLY)
     return found
 
 

@@ -411,7 +411,7 @@ async def inside(host: Host, sid: str, command: str) -> str:
 
 async def becomes(host: Host, sid: str, command: str, good: Callable[[str], bool]) -> str:
     """Wait until a command in a guest prints what is wanted."""
-    deadline = time.monotonic() + 120.0
+    deadline = time.monotonic() + 240.0
     while not good(said := await inside(host, sid, command)):
         assert time.monotonic() < deadline, f"{command}: {said}"
         await asyncio.sleep(0.2)

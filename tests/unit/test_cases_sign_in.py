@@ -208,7 +208,7 @@ def test_c12_a_login_ends_when_nobody_uses_it_and_at_its_own_end(tmp_path: Path)
     assert used.get("/desktops").status_code == 302, "and however much it is used, it has an end"
     signed_in(app, "alice")
     world.clock.now += 1001
-    world.portal.prune()
+    world.portal.sweep()
     with world.portal.store.reading() as connection:
         from deskfleet.portal.tables import login
 
@@ -220,7 +220,7 @@ def test_c12_without_an_idle_limit_there_is_none(tmp_path: Path) -> None:
     world = World(tmp_path, login_s=100_000, login_idle_s=0)
     secret = world.portal.logins.open(Identity("alice", "local"), 100_000)
     world.clock.now += 90_000
-    world.portal.prune()
+    world.portal.sweep()
     assert world.portal.logins.find(secret) is not None
     world.close()
 

@@ -183,7 +183,7 @@ def test_c25_data_that_are_missing_are_found_by_following_the_tables(tmp_path: P
 
 @pytest.mark.parametrize(
     "limits",
-    [Limits(memory_bytes=20 * MIB), Limits(file_bytes=100), Limits(wall_s=0.001)],
+    [Limits(memory_bytes=20 * MIB), Limits(file_bytes=100), Limits(wall_s=-1.0)],
     ids=["memory", "output", "time"],
 )
 def test_c25_each_limit_is_a_refusal(tmp_path: Path, limits: Limits) -> None:

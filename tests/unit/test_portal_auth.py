@@ -215,5 +215,5 @@ def test_pruning_takes_the_expired_only(world: World) -> None:
     logins.open(Identity("alice", "local"), 10)
     kept = logins.open(Identity("alice", "local"), 1000)
     world.clock.now += 100
-    world.portal.prune()
+    world.portal.sweep()
     assert logins.find(kept)

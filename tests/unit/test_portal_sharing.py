@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from flask import Flask
 from support.portals import KEY, PASSWORD, REPLICA, Browser, World, bearer, signed_in
 
+from deskfleet.portal.accounts import Accounts
 from deskfleet.portal.app import create_app
+from deskfleet.portal.auth import Identity
 from deskfleet.portal.grants import login_grant
+from deskfleet.portal.scopes import Scope
+from deskfleet.portal.store import Store
 from deskfleet.runtime.bus import Outgoing
 from deskfleet.runtime.memory_bus import MemoryBus
 from deskfleet.schemas.messages import Console, ConsolesAsked, ConsolesListed, GrantRevoked, Message
@@ -50,6 +54,17 @@ class Site(World):
 
     def ticket(self, answer: dict[str, object]) -> Ticket:
         return Tickets(["t" * 40]).verify(str(answer["ticket"]))
+
+
+class Directory:
+    """Somebody else's accounts, of which those in `gone` are no more."""
+
+    def __init__(self, name: str, gone: set[str]) -> None:
+        self.name = name
+        self._gone = gone
+
+    def current(self, identity: Identity) -> Identity | None:
+        return None if identity.user in self._gone else identity
 
 
 @pytest.fixture
@@ -146,6 +161,68 @@ def test_c20_a_revocation_is_told_again_and_survives_a_broker_that_is_away(site:
     site.clock.now += 120
     site.portal.sweep()
     assert site.cut() == [], "told long enough"
+
+
+ENDINGS: dict[str, Callable[[Site], object]] = {
+    "nobody used it": lambda site: setattr(site.clock, "now", site.clock.now + 7201),
+    "its time is over": lambda site: setattr(site.clock, "now", site.clock.now + 12 * 3600 + 1),
+    "account disabled elsewhere": lambda site: Accounts(Store(site.database), site.clock).set_disabled("alice", True),
+    "another password": lambda site: site.portal.accounts.set_password("alice", "another horse battery"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_c20_however_a_login_ends_its_consoles_are_cut(site: Site, app: Flask, ending: str) -> None:
+    alice = signed_in(app, "alice")
+    right = site.ticket(alice.post(f"/api/v1/sessions/{MINE}/ticket", json={}).json or {})
+    site.portal.sweep()
+    assert site.cut() == []
+    ENDINGS[ending](site)
+    site.portal.sweep()
+    assert site.cut() == [right.grant]
+
+
+def test_c20_a_token_that_ends_cuts_what_is_open_by_it(site: Site, app: Flask, alice: Browser) -> None:
+    for ended in ("removed", "expired"):
+        headers = bearer(site, "alice")
+        answer = app.test_client().post(f"/api/v1/sessions/{MINE}/ticket", headers=headers)
+        right = site.ticket(answer.json or {})
+        if ended == "removed":
+            (token,) = site.portal.logins.tokens_of("alice")
+            assert alice.post(f"/tokens/{token.name}/remove", token=alice.csrf("/tokens/")).status_code == 303
+        else:
+            site.clock.now += 3601
+        site.portal.sweep()
+        assert site.cut() == [right.grant], ended
+
+
+def test_c20_a_directory_that_drops_somebody_cuts_them_and_keeps_their_token(site: Site, app: Flask) -> None:
+    """As LDAP does: the account is another server's, and is asked about now and then."""
+    gone: set[str] = set()
+    directory = Directory("ldap", gone)
+    site.portal.chain._all["ldap"] = directory
+    kept = [site.portal.logins.open(Identity(user, "ldap"), 7200) for user in ("alice", "bob")]
+    secret, _ = site.portal.logins.make_token(Identity("alice", "ldap"), "x", 7200, [Scope.DESKTOPS])
+    site.portal.recheck()
+    assert site.cut() == []
+    gone.add("alice")
+    site.portal.recheck()
+    site.portal.sweep()
+    assert sorted(site.cut()) == sorted([login_grant(kept[0]), login_grant(secret)])
+    assert site.portal.logins.find(kept[0]) is None and site.portal.logins.find(kept[1]) is not None
+    site.clock.now += 200
+    site.portal.recheck()
+    site.portal.sweep()
+    assert site.cut() == [], "once is enough"
+    headers = {"Authorization": f"Bearer {secret}"}
+    assert app.test_client().get("/api/v1/sessions", headers=headers).status_code == 401
+    gone.clear()
+    site.portal.recheck()
+    assert app.test_client().get("/api/v1/sessions", headers=headers).status_code == 200
+    gone.add("alice")
+    site.portal.recheck()
+    site.portal.sweep()
+    assert site.cut() == [login_grant(secret)], "and again, when it happens again"
 
 
 def test_a_link_ends_by_itself_and_cuts(site: Site, app: Flask, alice: Browser) -> None:
