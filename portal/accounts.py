@@ -18,12 +18,14 @@ from deskfleet.runtime.service import Clock
 from deskfleet.schemas.errors import DeskfleetError
 
 _SHORTEST_PASSWORD = 8
-# scrypt as werkzeug sets it takes 32 MiB a check: a class that logs in at once must not fill the memory.
+#: How passwords are kept: scrypt (RFC 7914) of cost 2**15.
+HASHING = "scrypt:32768:8:1"
+# That takes 32 MiB a check: a class that logs in at once must not fill the memory.
 _AT_ONCE = 4
 # What is checked when there is no such account, so that the answer takes as long as for one that exists.
 # Made once: each request of somebody who is logged in asks it.
 _ACCOUNT = select(tables.account).where(tables.account.c.user == bindparam("of_user"))
-_NOBODY = generate_password_hash("nobody")
+_NOBODY = generate_password_hash("nobody", HASHING)
 
 
 class AccountError(DeskfleetError):
@@ -99,7 +101,7 @@ class Accounts:
         _check_password(name, password)
         row = {
             "user": name,
-            "password": generate_password_hash(password),
+            "password": generate_password_hash(password, HASHING),
             "admin": admin,
             "groups": json.dumps(groups),
             "disabled": False,
@@ -115,7 +117,7 @@ class Accounts:
     def set_password(self, user: str, password: str) -> None:
         """Replace a password. Raises AccountError."""
         _check_password(user, password)
-        self._change(user, password=generate_password_hash(password))
+        self._change(user, password=generate_password_hash(password, HASHING))
 
     def set_disabled(self, user: str, disabled: bool) -> None:
         """Shut an account, or open it again. Raises AccountError."""

@@ -19,6 +19,7 @@ from werkzeug.test import TestResponse
 from deskfleet.ledger.engine import migrate, open_engine
 from deskfleet.ledger.reader import Reader
 from deskfleet.ledger.writer import Writer
+from deskfleet.portal import accounts
 from deskfleet.portal.auth import Identity
 from deskfleet.portal.scopes import Scope
 from deskfleet.portal.services import Services, build
@@ -48,6 +49,8 @@ from deskfleet.schemas.topology import (
 from deskfleet.schemas.verdict import Forecast, Outlook
 from deskfleet.schemas.wire import decode, decode_as, encode
 
+#: As in production; with it, most of what these tests took was hashing.
+STRONG_HASHING, accounts.HASHING = accounts.HASHING, "scrypt:1024:8:1"
 PASSWORD = "correct horse battery"
 KEY = "k" * 40
 REPLICA = "p1"

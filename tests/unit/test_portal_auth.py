@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.portals import PASSWORD, World
+from support.portals import PASSWORD, STRONG_HASHING, World
 
+from deskfleet.portal import accounts
 from deskfleet.portal.accounts import AccountError
 from deskfleet.portal.auth import Answer, Chain, Identity, Unavailable, WrongPassword, plausible
 from deskfleet.portal.scopes import Scope
@@ -123,10 +124,11 @@ def test_accents_may_be_typed_either_way(world: World) -> None:
     assert isinstance(world.portal.accounts.check("guti\u00e9rrez", PASSWORD), Identity)
 
 
-def test_the_password_is_kept_as_scrypt_only(world: World, tmp_path: Path) -> None:
+def test_the_password_is_kept_as_scrypt_only(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounts, "HASHING", STRONG_HASHING)
     world.portal.accounts.add("alice", PASSWORD)
     kept = b"".join(path.read_bytes() for path in tmp_path.glob("portal.db*"))
-    assert b"scrypt:" in kept and PASSWORD.encode() not in kept
+    assert b"scrypt:32768:8:1$" in kept and PASSWORD.encode() not in kept
 
 
 @pytest.mark.parametrize(("user", "password"), [("", PASSWORD), ("a\nb", PASSWORD), ("bob", "short"), ("bob", " " * 9)])
