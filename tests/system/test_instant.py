@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import time
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -263,17 +265,27 @@ def test_a_template_that_can_not_be_made_leaves_nothing(images: tuple[Path, Mach
 
 
 def memory_holds(pid: int, words: bytes) -> bool:
-    """Whether the private and shared memory of a process holds these bytes."""
-    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "rb") as memory:
+    """Whether the private and shared memory of a process holds these bytes, in the pages that it has at all."""
+    with (
+        open(f"/proc/{pid}/maps") as maps,
+        open(f"/proc/{pid}/mem", "rb") as memory,
+        open(f"/proc/{pid}/pagemap", "rb") as pages,
+    ):
         for line in maps:
             place, rights, *rest = line.split(maxsplit=5)
             if not rights.startswith("rw") or "[v" in rest[-1]:
                 continue
-            start, end = (int(part, 16) for part in place.split("-"))
-            with contextlib.suppress(OSError, ValueError):
-                memory.seek(start)
-                if words in memory.read(end - start):
-                    return True
+            first, last = (int(part, 16) // mmap.PAGESIZE for part in place.split("-"))
+            pages.seek(8 * first)
+            entries = array("Q", pages.read(8 * (last - first)))
+            for there, run in groupby(range(len(entries)), lambda at: bool(entries[at] >> 62)):  # noqa: B023
+                if not there:  # neither in memory nor swapped out: Documentation/admin-guide/mm/pagemap.rst
+                    continue
+                held = list(run)
+                with contextlib.suppress(OSError):
+                    memory.seek((first + held[0]) * mmap.PAGESIZE)
+                    if words in memory.read(len(held) * mmap.PAGESIZE):
+                        return True
     return False
 
 
