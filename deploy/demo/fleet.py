@@ -207,7 +207,9 @@ class Fleet:
 
     def token(self, user: str) -> str:
         """A new access token of an account."""
-        return self._command("deskfleet", "token", "create", user, "--scope", "fleet", "--config", self._settings("portal")).strip()
+        return self._command(
+            "deskfleet", "token", "create", user, "--scope", "fleet", "--config", self._settings("portal")
+        ).strip()
 
     def _make_services(self) -> None:
         for name in ("scheduler", *(login(host) for host in self.hosts), "proxy", "portal"):
