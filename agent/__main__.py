@@ -122,10 +122,10 @@ async def _run(settings: AgentSettings, *, purge: bool) -> int:
     trouble: list[str] = []
     bus.on_fatal(lambda error: _alarm(error, trouble))
     metrics = Metrics("agent")
-    guests = metrics.gauge("guests", "Guests that this host holds")
-    guests.set_function(lambda: sum(1 for entry in service.agent.entries if entry.live))
-    unfit = metrics.gauge("gpus_in_quarantine", "GPUs that are kept out of use until an administrator releases them")
-    unfit.set_function(lambda: service.lending.in_quarantine)
+    live = lambda: float(sum(1 for entry in service.agent.entries if entry.live))  # noqa: E731
+    metrics.gauge("guests", "Guests that this host holds", live)
+    unfit = "GPUs that are kept out of use until an administrator releases them"
+    metrics.gauge("gpus_in_quarantine", unfit, lambda: service.lending.in_quarantine)
     ops = serve(*address(settings.ops_listen), metrics.registry, lambda: _health(bus, service, trouble), clock)
     notify_systemd("READY=1")
     await service.run(stop)

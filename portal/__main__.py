@@ -7,7 +7,9 @@ import logging
 import os
 import random
 import secrets
+import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -26,7 +28,7 @@ from deskfleet.portal.store import Store, StoreError
 from deskfleet.runtime import log as logs
 from deskfleet.runtime.amqp import AmqpBus
 from deskfleet.runtime.amqp_wire import BadBrokerUrl, trust
-from deskfleet.runtime.metrics import serve
+from deskfleet.runtime.metrics import SHARED_COUNTS, serve
 from deskfleet.runtime.service import MainLoop, SystemClock, notify_systemd
 from deskfleet.runtime.settings import SettingsError, load
 from deskfleet.schemas.config import SECTIONS, LedgerSchema, MachinesSchema, address
@@ -69,6 +71,7 @@ class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn is not typed
             "loglevel": "warning",
             "proc_name": "deskfleet-portal",
             "control_socket_disable": True,
+            "on_exit": _forget_counts,
         }.items():
             if key in self.cfg.settings:
                 self.cfg.set(key, value)
@@ -76,6 +79,12 @@ class _Gunicorn(BaseApplication):  # type: ignore[misc]  # gunicorn is not typed
     def load(self) -> Flask:
         logs.configure(self._level, "portal")
         return create_app(start(self._sections))
+
+
+def _forget_counts(_: object) -> None:
+    """The counts of this life of the portal end with it, as those of one process would."""
+    if SHARED_COUNTS in os.environ:
+        shutil.rmtree(os.environ[SHARED_COUNTS], ignore_errors=True)
 
 
 def start(sections: dict[str, Any]) -> Services:
@@ -111,8 +120,8 @@ def start(sections: dict[str, Any]) -> Services:
     try:
         serve(*address(settings.ops_listen), parts.metrics.registry, parts.health, clock)
     except OSError as error:
-        # With several workers one of them answers for all; what they count is counted there alone.
-        log.warning("no metrics from this worker: %s", error)
+        # With several workers one of them answers for all.
+        log.info("another worker answers for the metrics: %s", error)
     notify_systemd("READY=1")
     return parts
 
@@ -134,6 +143,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SettingsError, LedgerError, StoreError, BadBrokerUrl, TicketError, OSError) as error:
         print(f"deskfleet-portal can't start:\n{error}", file=sys.stderr)
         return 2
+    if sections["portal"].workers > 1 and SHARED_COUNTS not in os.environ:
+        # What the workers count is added up by files; prometheus_client has to be told before it is imported.
+        os.environ[SHARED_COUNTS] = tempfile.mkdtemp(prefix="deskfleet-portal-")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606
     _Gunicorn(sections, options.log_level).run()
     return 0
 

@@ -185,13 +185,11 @@ def build(
     stats = BrokerStats(settings.broker_management, vhost, clock) if settings.broker_management else None
     letters = DeadLetters(store, bus, outbox, login, clock)
     metrics = Metrics("portal")
-    metrics.gauge("dead_letters", "Messages that nobody could take, and nobody has looked after").set_function(
-        partial(_number, letters.count)
-    )
-    metrics.gauge("requests_waiting", "Stored requests that the scheduler is not seen to know").set_function(
-        partial(_number, outbox.waiting)
-    )
-    metrics.gauge("broker_connected", "1 while messages can be published").set_function(lambda: float(bus.connected))
+    lost = "Messages that nobody could take, and nobody has looked after"
+    metrics.gauge("dead_letters", lost, partial(_number, letters.count))
+    waiting = "Stored requests that the scheduler is not seen to know"
+    metrics.gauge("requests_waiting", waiting, partial(_number, outbox.waiting))
+    metrics.gauge("broker_connected", "1 while messages can be published", lambda: float(bus.connected))
     logins = metrics.counter("logins", "Answers to tries to log in", ["method", "result"])
     answers = methods.Answers(logins, clock)
     notices = send = None

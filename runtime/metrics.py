@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
 from deskfleet.runtime.service import Clock, SystemClock
 
@@ -29,25 +32,48 @@ _TEXT = "text/plain; version=0.0.4; charset=utf-8"  # Prometheus text exposition
 _JSON = "application/json"
 
 
+#: By this variable prometheus_client learns, when it is imported, that several processes count together, and where.
+SHARED_COUNTS = "PROMETHEUS_MULTIPROC_DIR"
+
+
 class Metrics:
-    """The metrics of one process, in a registry of their own; names begin with deskfleet_SERVICE_."""
+    """The metrics of one service, in a registry of their own; names begin with deskfleet_SERVICE_.
+
+    Where SHARED_COUNTS is set, what any of its processes counts is in the registry of each; a gauge, and what begins
+    with process_, is that process's own.
+    """
 
     def __init__(self, service: str) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = self._counted = CollectorRegistry()
+        if SHARED_COUNTS in os.environ:
+            self.registry = CollectorRegistry()
+            MultiProcessCollector(self.registry)  # type: ignore[no-untyped-call]
         self._prefix = f"deskfleet_{service}"
         ProcessCollector(registry=self.registry)
 
     def counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         """Something that only grows."""
-        return Counter(name, text, labels, namespace=self._prefix, registry=self.registry)
+        return Counter(name, text, labels, namespace=self._prefix, registry=self._counted)
 
-    def gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
-        """Something that goes up and down."""
-        return Gauge(name, text, labels, namespace=self._prefix, registry=self.registry)
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Something that goes up and down, and is asked for when the metrics are."""
+        self.registry.register(_Asked(f"{self._prefix}_{name}", text, value))
 
     def histogram(self, name: str, text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
         """How something is distributed; `buckets` are upper bounds, in the unit that the name ends with."""
-        return Histogram(name, text, labels, namespace=self._prefix, registry=self.registry, buckets=buckets)
+        return Histogram(name, text, labels, namespace=self._prefix, registry=self._counted, buckets=buckets)
+
+
+class _Asked(Collector):
+    def __init__(self, name: str, text: str, value: Callable[[], float]) -> None:
+        self._name, self._text, self._value = name, text, value
+
+    def collect(self) -> Iterable[Metric]:
+        yield gauge_of(self._name, self._text, "", {"": self._value()})
+
+    def describe(self) -> Iterable[Metric]:
+        """Its name, so that the registry need not ask for the value to know it."""
+        return [GaugeMetricFamily(self._name, self._text)]
 
 
 def gauge_of(name: str, text: str, label: str, values: Mapping[Any, float]) -> Metric:

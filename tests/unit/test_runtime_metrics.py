@@ -53,7 +53,7 @@ def site() -> Iterator[Site]:
 
 def test_metrics_are_served(site: Site) -> None:
     site.metrics.counter("launches_total", "Launches.", ["outcome"]).labels("ok").inc(3)
-    site.metrics.gauge("sessions", "Sessions.").set(2)
+    site.metrics.gauge("sessions", "Sessions.", lambda: 2.0)
     site.metrics.histogram("start_seconds", "Start.", [0.1, 1]).observe(0.5)
     status, headers, body = site.get("/metrics?x=1")
     assert status == 200 and headers["Content-Type"].startswith("text/plain; version=0.0.4")
