@@ -48,7 +48,7 @@ class PrivateBroker:
 
     `definitions` is RabbitMQ's definitions document: users, vhosts, permissions, topic_permissions, exchanges,
     queues, bindings. It is loaded at each boot; what the database already holds stays. `settings` are further lines
-    of rabbitmq.conf. The node dies with the thread that called start(), so a killed test run leaves nothing behind.
+    of rabbitmq.conf, `plugins` are enabled. The node dies with the thread that called start(), so a killed test run leaves nothing behind.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class PrivateBroker:
         definitions: Mapping[str, Any],
         port: int | None = None,
         settings: Mapping[str, str | int] | None = None,
+        plugins: Iterable[str] = (),
     ) -> None:
         self.folder = folder
         self.port = port or free_port()
@@ -73,7 +74,7 @@ class PrivateBroker:
             cookie.touch(0o600)
             cookie.write_text(secrets.token_hex(20))
             cookie.chmod(0o400)
-        (folder / "enabled_plugins").write_text("[].\n")
+        (folder / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
         document = folder / "definitions.json"
         document.touch(0o600)
         document.write_text(json.dumps({"vhosts": [{"name": "/"}], **definitions}))
