@@ -106,7 +106,8 @@ class QueueStatsSchema(Schema):
 
 
 class QueueSchema(Schema):
-    """A queue; figures are null while they are unknown, `problem` says why."""
+    """A queue; figures are null while they are unknown, `problem` says why. `busy_s` is for how many seconds nobody
+    has seen it empty."""
 
     name = fields.Str()
     purpose = fields.Str()
@@ -114,6 +115,7 @@ class QueueSchema(Schema):
     consumers = fields.Int(allow_none=True)
     problem = fields.Str()
     alarm = fields.Bool()
+    busy_s = fields.Float(allow_none=True)
     stats = fields.Nested(QueueStatsSchema)
 
 

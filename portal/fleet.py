@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy.exc import DBAPIError
@@ -126,7 +127,7 @@ def gpus_held(desktops: Iterable[Desktop]) -> Counter[str]:
 @dataclass(frozen=True, slots=True)
 class QueueView:
     """A queue; `messages` and `consumers` are None while they are unknown, `problem` says why. `stats` is what the
-    broker's management API tells, where it is asked."""
+    broker's management API tells, where it is asked; `busy_s` is for how many seconds nobody has seen it empty."""
 
     name: str
     purpose: str
@@ -135,6 +136,7 @@ class QueueView:
     problem: str = ""
     needs_consumer: bool = True
     stats: QueueStats = _NO_STATS
+    busy_s: float | None = None
 
     @property
     def alarm(self) -> bool:
@@ -166,6 +168,7 @@ class Fleet:
         self._clock = clock
         self._gpus_at = float("-inf")
         self._free_gpus: dict[str, tuple[int, int]] = {}
+        self._busy_since: dict[str, float] = {}
 
     def readable(self) -> bool:
         """Whether the ledger answers."""
@@ -239,7 +242,29 @@ class Fleet:
         except (BusError, FutureTimeout) as error:
             reason = error.reason if isinstance(error, BusError) else gettext("no answer in time")
             return QueueView(name, purpose, None, None, reason)
-        return QueueView(name, purpose, found.messages, found.consumers, needs_consumer=name != DEAD, stats=stats)
+        busy_s = self._look_at(name, found.messages)
+        read = name != DEAD
+        return QueueView(
+            name, purpose, found.messages, found.consumers, needs_consumer=read, stats=stats, busy_s=busy_s
+        )
+
+    def watch_queues(self) -> None:
+        """Look whether the service's own queues are empty. The broker tells the age of the first message of a classic
+        queue only, and ours are quorum queues; how long one was never seen empty says as well that something is stuck.
+        """
+        for queue in core().queues:
+            self._bus.depth(queue.name).add_done_callback(partial(self._looked, queue.name))
+
+    def _looked(self, name: str, depth: Future[QueueDepth]) -> None:
+        if depth.exception() is None:
+            self._look_at(name, depth.result().messages)
+
+    def _look_at(self, name: str, messages: int) -> float | None:
+        now = self._clock.monotonic()
+        if not messages:
+            self._busy_since.pop(name, None)
+            return None
+        return now - self._busy_since.setdefault(name, now)
 
     def drain(self, host: str, draining: bool, actor: str, text: str = "") -> None:
         """Ask the scheduler to take a host out of placement, or to put it back; `text` is for the people who use it.

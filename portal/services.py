@@ -112,7 +112,9 @@ class Services:
             run_callback(self.notices.sweep, "the sweep of mails")
 
     def sample(self) -> None:
-        """Keep the figures of the hosts, once a minute, whichever portal comes first. Failures are logged."""
+        """Look at the queues; keep the figures of the hosts, once a minute, whichever portal comes first. Failures are
+        logged."""
+        run_callback(self.fleet.watch_queues, "looking at the queues")
 
         def take() -> None:
             if self.history.due():

@@ -48,7 +48,8 @@ class PrivateBroker:
 
     `definitions` is RabbitMQ's definitions document: users, vhosts, permissions, topic_permissions, exchanges,
     queues, bindings. It is loaded at each boot; what the database already holds stays. `settings` are further lines
-    of rabbitmq.conf, `plugins` are enabled. The node dies with the thread that called start(), so a killed test run leaves nothing behind.
+    of rabbitmq.conf; `plugins` are switched on. The node dies with the thread that called start(), so a killed test
+    run leaves nothing behind.
     """
 
     def __init__(

@@ -12,6 +12,9 @@ from support.portals import PASSWORD, World, bearer, signed_in
 from deskfleet.portal import tables
 from deskfleet.portal.app import create_app
 from deskfleet.portal.history import Span
+from deskfleet.schemas.messages import LaunchRequested
+from deskfleet.schemas.session import Resources
+from deskfleet.schemas.topology import SCHEDULER_COMMANDS
 
 MIDNIGHT = 1_700_006_400  # 2023-11-15 00:00 UTC
 BEGUN = MIDNIGHT - 1_700_000_000  # as the clock of these tests counts
@@ -122,3 +125,21 @@ def test_administrators_ask_by_page_and_api_and_get_the_same(world: World) -> No
         assert (refused.status_code, refused.json["reason"]) == (status, reason)
     page = signed_in(app, ADMIN).get("/admin/hosts/h1").text
     assert 'data-history="/api/v1/hosts/h1/history"' in page
+
+
+def test_how_long_a_queue_was_never_seen_empty_is_told_whether_or_not_a_page_is_open(world: World) -> None:
+    def busy() -> float | None:
+        (found,) = [queue.busy_s for queue in world.portal.fleet.queues() if queue.name == SCHEDULER_COMMANDS]
+        return found
+
+    assert busy() is None
+    world.portal.outbox.launch(LaunchRequested("a" * 32, "ada", (), "desktop", Resources(1, 512, 1), False, 3600, 3600))
+    for _ in range(40):
+        world.portal.sample()
+        world.clock.now += 15
+    assert busy() == 600
+    world.portal.accounts.add(ADMIN, PASSWORD)
+    assert "not empty for 10 min" in signed_in(create_app(world.portal), ADMIN).get("/admin/queues/").text
+    world.broker.drop(SCHEDULER_COMMANDS)
+    world.portal.sample()
+    assert busy() is None
