@@ -36,6 +36,7 @@ from deskfleet.schemas.wire import decode
 
 if TYPE_CHECKING:
     from sim.doors import Console, Door
+    from sim.ready import Kept
     from sim.world import World
 
 _OVER = (State.STOPPING, State.ENDED)
@@ -98,6 +99,24 @@ class Evidence:
                 raise Violation(f"I1: {sid} was told to have come too late, and is known")
             if self.world.time.now - self.asked_at[sid] < self.requests[sid].wait_s:
                 raise Violation(f"I12: {sid} was given up by the portal before its time")
+
+    # --- what is kept ready ---------------------------------------------------------------------------------
+
+    def forked(self, node: Node, start: VmStart, kept: Kept) -> None:
+        """A guest goes on from a saved state: that of this very machine, by this very qemu."""
+        self.uses["forks"] += 1
+        if kept.seal != node.seal(kept.blueprint):
+            raise Violation(f"I6: {start.sid} is forked from a state of another qemu")
+        if (kept.blueprint.machine, kept.blueprint.sha256) != (start.machine, start.sha256):
+            raise Violation(f"I6: {start.sid} is forked from another machine than was asked for")
+
+    def born(self, node: Node, vm: Vm) -> None:
+        """A guest begins: with nothing of what others did, and an address that nobody else has."""
+        if vm.memory:
+            raise Violation(f"I6: {vm.sid} begins with what was left by {min(vm.memory)}")
+        others = [other for each in self.world.nodes.values() for other in each.vms.values() if other is not vm]
+        if any(other.mac == vm.mac for other in others if other.sid != vm.sid):
+            raise Violation(f"I6: {vm.sid} on {node.host} has the network address of another guest")
 
     # --- the wires ------------------------------------------------------------------------------------------
 

@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING
 
 from sim.disk import Disk
 from sim.process import Clock, Process
+from sim.ready import Kept, Ready
 
+from deskfleet.agent import seal
 from deskfleet.agent.console import SOCKET, SessionToken, TokenRefused
 from deskfleet.agent.core import Agent
 from deskfleet.agent.journal import Entry, JournalError
 from deskfleet.agent.link import Link
 from deskfleet.schemas.errors import Reason
 from deskfleet.schemas.host import Gpu, HostReport
+from deskfleet.schemas.session import Birth
+from deskfleet.schemas.template import Blueprint
 
 if TYPE_CHECKING:
     from sim.world import World
@@ -33,6 +37,10 @@ class Vm:
     sid: str
     gpus: tuple[str, ...]
     numbers: set[int]
+    #: What is in its memory of what people did, its network address, and the key of the template that it is a fork of.
+    memory: set[str]
+    mac: str
+    template: str = ""
     ready: bool = False
     known_at: float | None = None
     going_down: bool = False
@@ -72,6 +80,9 @@ class Node(Process):
         self.disk = Disk(self.point)
         self.vms: dict[str, Vm] = {}
         self.files: set[str] = set()
+        #: The installed qemu, and the templates that there are.
+        self.qemu = 1
+        self.kept: dict[str, Kept] = {}
         self.cards = [Card(n + 1) for n in range(cards)]
         #: The GPUs as the agent saw them when it last looked.
         self.seen: tuple[Gpu, ...] = ()
@@ -79,6 +90,7 @@ class Node(Process):
         self.todo: list[Job] = []
         self.agent: Agent
         self.link: Link
+        self.ready: Ready
 
     # --- the agent's process --------------------------------------------------------------------------------
 
@@ -95,10 +107,11 @@ class Node(Process):
             images=lambda: frozenset({self.world.image}),
             gpus=lambda: self.seen,
         )
+        self.ready = Ready(self)
         incarnation = f"{self.host}-{self.lives}"
         self.link = Link(
             self.host, bus, agent, lambda seq: self.describe(incarnation, seq), self.clock.monotonic, lambda _: None,
-            lambda _: None, lambda _: None,
+            lambda _: None, self.ready.told,
         )  # fmt: skip
         try:
             agent.recover()
@@ -112,6 +125,7 @@ class Node(Process):
             self.count_viewers(vm)
         self.world.evidence.recovered(self)
         bus.every(5.0, self._look_and_beat)
+        bus.every(2.0, lambda: self.ready.tend())  # noqa: PLW0108  each life has its own
         bus.every(1.0, self._tick)
 
     def _look_and_beat(self) -> None:
@@ -127,8 +141,14 @@ class Node(Process):
         """Look at the device tree."""
         self.seen = tuple(card.gpu() for card in self.cards if card.there)
 
+    def seal(self, blueprint: Blueprint) -> str:
+        """What a template must be bound to now."""
+        return seal.digest(blueprint, f"qemu {self.qemu}", "", "tcg", 1)
+
     def kill(self) -> None:
         self.todo.clear()
+        if self.alive:
+            self.ready.end()
         super().kill()
 
     def reboot(self, power_cut: bool) -> None:
@@ -138,6 +158,7 @@ class Node(Process):
         self.clock.started = self.world.time.now
         if power_cut:
             self.disk.power_cut()
+        self.kept.clear()  # it is memory
         for sid in list(self.vms):
             self.gone(sid)
 
@@ -160,6 +181,8 @@ class Node(Process):
             images=(self.world.image,),
             gpus=self.seen,
             guests=self.agent.guests(),
+            templates=self.ready.templates.report(),
+            blueprints=self.ready.templates.told_digest,
         )
 
     # --- the hypervisor of agent/core.py --------------------------------------------------------------------
@@ -172,17 +195,26 @@ class Node(Process):
         def spawn(wrong: bool) -> None:
             start = entry.start
             assert start
+            kept, birth = self.ready.lend(start)
+            if kept and wrong:
+                self.ready.templates.failed(start.template, "simulated")
+                kept, birth, wrong = None, Birth.FORK_FAILED, False
             usable = {address for card in self.cards if card.there and card.bound for address in card.gpu().functions}
             if wrong or set(start.gpu_addresses) - usable:
                 self.agent.failed(sid, Reason.QEMU_EXITED, "simulated")
                 return
             self.world.evidence.spawned(self, sid, start.gpu_addresses)
-            self.vms[sid] = Vm(sid, start.gpu_addresses, {entry.generation})
-            self.todo.append(Job(sid, self._come_up(sid)))
+            memory, mac = self.ready.forked(start, kept) if kept else self.ready.booted(start)
+            self.vms[sid] = vm = Vm(sid, start.gpu_addresses, {entry.generation}, memory, mac)
+            if kept:
+                vm.template = start.template
+                self.world.evidence.forked(self, start, kept)
+            self.world.evidence.born(self, vm)
+            self.todo.append(Job(sid, self._come_up(sid, birth)))
 
         self.todo.append(Job(sid, spawn))
 
-    def _come_up(self, sid: str) -> Callable[[bool], None]:
+    def _come_up(self, sid: str, birth: Birth = Birth.BOOTED) -> Callable[[bool], None]:
         def come_up(wrong: bool) -> None:
             vm = self.vms.get(sid)
             if vm is None or vm.going_down:
@@ -192,7 +224,10 @@ class Node(Process):
                 self.agent.failed(sid, Reason.QEMU_EXITED, "simulated")
                 return
             vm.ready, vm.known_at = True, self.world.time.now
-            self.agent.ready(sid)
+            vm.memory.add(sid)
+            if birth is Birth.FORKED:
+                self.ready.templates.worked(vm.template)
+            self.agent.ready(sid, birth)
             self.world.evidence.ready(self, sid)
 
         return come_up

@@ -194,6 +194,15 @@ MISTAKES: dict[str, tuple[Patch, ...]] = {
     "an end is forgotten at once": (
         patch("agent.core:Agent.tick", ("now - e.ended_at > (REMEMBER_RUN_S if e.ran else REMEMBER_S)", "True")),
     ),
+    "a template of another qemu is lent": (
+        patch("agent.templates:Templates.lend", ("slot.template.seal != self.seal(slot.blueprint)", "False")),
+    ),
+    "a guest writes into the template that it is a fork of": (
+        patch("agent.argv:_frozen", ('"on" if frozen.shared else "off"', '"on"')),
+    ),
+    "forks have the address that their template would have": (
+        patch("agent.argv:card", ("mac_of(start.sid)", "mac_of(start.template or start.sid)")),
+    ),
     # the portal
     "sent counts as known": (patch("portal.outbox:_is_open", ("for stage in OPEN", "for stage in (Stage.STORED,)")),),
     "a repeat has an id of its own": (

@@ -270,6 +270,10 @@ class Steps:
         for card in self.world.nodes[host].cards:
             card.slot = card.slot % 4 + by
 
+    def upgrade_qemu(self, host: str) -> None:
+        """Another qemu is installed; what runs goes on with the old one."""
+        self.world.nodes[host].qemu += 1
+
     def guest_dies(self, sid: str) -> str:
         """qemu fails while the guest runs."""
         return self.power_off(sid)

@@ -48,6 +48,7 @@ FAULTS = (
     "declare_dead",
     "drain",
     "clock",
+    "upgrade_qemu",
 )
 STEPS = 250
 USERS = ("ann", "bo", "zoë")
@@ -309,6 +310,9 @@ class Chooser:
     def _guest_dies(self) -> Step | None:
         sid = self._running()
         return ("guest_dies", sid) if sid else None
+
+    def _upgrade_qemu(self) -> Step:
+        return "upgrade_qemu", self._host()
 
     def _forge(self) -> Step:
         return "forge", self._host(), self._running() or self._sid(), self.rng.choice(["stop", "gone"])

@@ -24,7 +24,19 @@ from deskfleet.scheduler.decisions import Settings
 from deskfleet.scheduler.policy import Policy, Rest
 from deskfleet.scheduler.unit import Limits
 from deskfleet.schemas import topology
-from deskfleet.schemas.machine import Firmware, Format, GpuPolicy, Machine, Os, Range, Video
+from deskfleet.schemas.machine import (
+    Firmware,
+    Format,
+    GpuPolicy,
+    Instant,
+    Machine,
+    Os,
+    Range,
+    ReadyBy,
+    Share,
+    Size,
+    Video,
+)
 
 IMAGE = "a" * 64
 TINY = Machine(
@@ -42,6 +54,7 @@ TINY = Machine(
     disk_gib=Range(1, 1, 8),
     gpu=GpuPolicy.OPTIONAL,
     users=("*",),
+    instant=Instant(ReadyBy.STILL, Share.MACHINE, (Size(1, 128),)),
 )
 #: After the last fault, everything must have come to rest within so many seconds.
 REST_S = 200.0
