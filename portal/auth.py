@@ -7,11 +7,14 @@ only the portal's own accounts are asked, which are there for rescue.
 from __future__ import annotations
 
 import logging
-import threading
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
+
+from deskfleet.portal.room import Room
 
 log = logging.getLogger(__name__)
 
@@ -130,8 +133,8 @@ def _unprintable(text: str) -> bool:
 
 class Chain:
     """The methods of one installation, and who is an administrator: by exact canonical id, or because the method says
-    so. `others` are the methods that need no password. At most `room` passwords are looked at by other machines at a
-    time, so that one that hangs does not take every thread; `count` is told each method's answers.
+    so. `others` are the methods that need no password. In `room` is who waits for other machines, so that one that
+    hangs does not take every thread; `count` is told each method's answers.
     """
 
     def __init__(
@@ -140,13 +143,13 @@ class Chain:
         admins: frozenset[str],
         others: Sequence[Vouching] = (),
         count: Callable[[str, str], None] | None = None,
-        room: int = 8,
+        room: Room | None = None,
     ) -> None:
         self._methods = tuple(methods)
         self._admins = admins
         self._all: dict[str, Vouching] = {method.name: method for method in (*methods, *others)}
         self._count = count or (lambda *_: None)
-        self._room = threading.BoundedSemaphore(room)
+        self._room = room or Room(8, time.monotonic)
 
     @property
     def passwords(self) -> bool:
@@ -181,18 +184,14 @@ class Chain:
         return replace(identity, admin=identity.admin or identity.user in self._admins)
 
     def _ask(self, method: Method, user: str, password: str) -> Answer:
-        if method.distant and not self._room.acquire(timeout=_PATIENCE_S):
-            return Unavailable("too many others are being asked about")
-        try:
-            return method.check(user, password)
-        except Exception:
-            log.exception("the login method %s failed", method.name)
-            return Unavailable("it failed; see the log")
-        finally:
-            if method.distant:
-                self._room.release()
+        with self._room.place() if method.distant else nullcontext(True) as found:
+            if not found:
+                return Unavailable("too many others are being asked about")
+            try:
+                return method.check(user, password)
+            except Exception:
+                log.exception("the login method %s failed", method.name)
+                return Unavailable("it failed; see the log")
 
 
 _RESULTS: dict[type[Answer], str] = {Identity: "right", WrongPassword: "wrong", Unavailable: "unavailable"}
-# How long a thread waits until fewer passwords are being looked at: a healthy directory answers many in this time.
-_PATIENCE_S = 0.5

@@ -19,6 +19,7 @@ from deskfleet.portal.auth_oidc import OpenIdConnect
 from deskfleet.portal.auth_settings import PASSWORD_METHODS
 from deskfleet.portal.email_codes import EmailCodes
 from deskfleet.portal.mail import Send
+from deskfleet.portal.room import Room
 from deskfleet.portal.settings import PortalSettings
 from deskfleet.portal.store import Store
 from deskfleet.runtime.service import Clock
@@ -103,7 +104,7 @@ def build(
     if "oidc" in settings.auth and settings.oidc:
         oidc = OpenIdConnect(settings.oidc, _realm(settings, settings.oidc.realm), clock, url + CALLBACK, room)
     others = [method for method in (codes, headers, oidc) if method is not None]
-    chain = Chain(passwords, settings.admins, others, answers.note, room)
+    chain = Chain(passwords, settings.admins, others, answers.note, Room(room, clock.monotonic))
     return Methods(chain, codes, headers, oidc)
 
 

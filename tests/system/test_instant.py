@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import mmap
 import os
 import re
@@ -24,12 +25,14 @@ import pytest
 from support.guests import PATIENCE, Host, build_tiny, scenario, short_folder
 from support.qmp import Qmp
 from support.screen import TINY_TEXT, look, region_hash
+from support.uefi import COLOUR, painter
 
+from deskfleet.agent.argv import OVMF_VARS
 from deskfleet.agent.journal import Entry
 from deskfleet.agent.processes import arguments, pids, spawn
 from deskfleet.agent.qmp import monitor
 from deskfleet.schemas.host import Phase
-from deskfleet.schemas.machine import Instant, Machine, ReadyBy, Share, Size
+from deskfleet.schemas.machine import Drivers, Firmware, Format, Instant, Machine, ReadyBy, Share, Size
 from deskfleet.schemas.messages import HostTemplates, TemplateOrdered
 from deskfleet.schemas.session import Birth, Resources
 from deskfleet.schemas.template import Blueprint, TemplateOrder, TemplateReport, TemplateState, blueprints
@@ -206,6 +209,48 @@ def failing(*, on: str, times: int) -> Any:
         return spawn(line, **how)
 
     return start
+
+
+def test_a_machine_with_uefi_is_forked_with_variables_of_its_own(images: tuple[Path, Machine]) -> None:
+    async def work() -> None:
+        with short_folder() as folder:
+            place = folder / "i"
+            place.mkdir()
+            painter(folder, folder / "disk.raw")
+            line = [
+                "qemu-img",
+                "convert",
+                "-f",
+                "raw",
+                "-O",
+                "qcow2",
+                str(folder / "disk.raw"),
+                str(place / "disk.qcow2"),
+            ]
+            subprocess.run(line, check=True)
+            (place / "disk.qcow2").chmod(0o644)
+            digest = hashlib.sha256((place / "disk.qcow2").read_bytes()).hexdigest()
+            machine = replace(
+                images[1],
+                file="disk.qcow2",
+                format=Format.QCOW2,
+                sha256=digest,
+                firmware=Firmware.UEFI,
+                drivers=Drivers.VIRTIO,
+            )
+            (wanted,) = blueprints(machine)
+            # The firmware's own screens stand still for a while as well.
+            async with await host(folder, (place, machine), template_still_s=4.0).start() as one:
+                await keep(one, wanted)
+                for number in (1, 2):
+                    assert await fork(one, number, wanted.key) is Birth.FORKED
+                    with contextlib.closing(Qmp(one.run / sid(number) / "rescue.sock")) as qmp:
+                        assert look(qmp).getpixel((400, 300)) == COLOUR
+                first, second = (one.run / sid(number) / "vars.fd" for number in (1, 2))
+                assert first.read_bytes() == second.read_bytes() != OVMF_VARS.read_bytes(), "as the template left them"
+                assert first.stat().st_uid != second.stat().st_uid and first.stat().st_mode & 0o777 == 0o600
+
+    scenario(work)
 
 
 def test_whatever_is_wrong_with_a_template_the_launch_is_booted(images: tuple[Path, Machine]) -> None:

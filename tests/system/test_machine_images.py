@@ -427,12 +427,27 @@ def test_the_desktop_is_instant(built: Path) -> None:
 
     async def work() -> None:
         with short_folder() as folder:
-            async with await Host(folder, machine, built / "images", template_load=1000.0).start() as host:
+            (folder / "course").mkdir()
+            (folder / "course/note").write_text("from the host")
+            (folder / "home").mkdir()
+            volumes = [
+                {"tag": "course", "path": str(folder / "course"), "users": ["ann"]},
+                {
+                    "tag": "mine",
+                    "path": str(folder / "home/{user}"),
+                    "kind": "virtiofs",
+                    "read_only": False,
+                    "create": True,
+                    "users": ["bo"],
+                },
+            ]
+            settings = {"template_load": 1000.0, "volumes": volumes}
+            async with await Host(folder, machine, built / "images", **settings).start() as host:
                 host.send(HostTemplates("h1", "0" * 16, (blueprint,)))
                 await host.until(lambda: any(t.serving for t in host.heartbeats[-1].templates or ()), "it", SLOW)
                 grown = Resources(3, machine.memory_mib.default + 512, machine.disk_gib.default + 2)
-                for sid, size in ((small, machine.defaults), (large, grown)):
-                    host.launch(sid, template=blueprint.key, resources=size)
+                for sid, user, size in ((small, "ann", machine.defaults), (large, "bo", grown)):
+                    host.launch(sid, user=user, template=blueprint.key, resources=size)
                     assert (await host.phase(sid, Phase.RUNNING)).birth is Birth.FORKED
                 facts = {}
                 for sid in (small, large):
@@ -448,6 +463,15 @@ def test_the_desktop_is_instant(built: Path) -> None:
                 more = int(await inside(host, large, memory)) - int(await inside(host, small, memory))
                 assert more == 512
                 await becomes(host, large, "df --output=size -BG / | tail -1", lambda said: said.strip() == "6G")
+
+                # Folders of the host, by 9p and by virtiofs (for which this fork has memory of its own).
+                await becomes(host, small, "cat /mnt/course/note", lambda said: said == "from the host")
+                assert "refused" in await inside(host, small, "echo x >/mnt/course/note || echo refused")
+                await becomes(host, large, "findmnt -no FSTYPE /mnt/mine", lambda said: said == "virtiofs\n")
+                assert not await inside(host, large, "cat /mnt/course/note")
+                await inside(host, large, "echo kept >/mnt/mine/work")
+                (kept,) = (folder / "home").glob("*/work")
+                assert kept.read_text() == "kept\n"
 
                 # Used as a person does: keys, clipboard, window.
                 stream = UnixStream(host.run / large / "vnc.sock")

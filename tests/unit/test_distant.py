@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.bus_harness import TickingClock
@@ -13,6 +15,7 @@ from deskfleet.portal.auth import Answer, Chain, Identity, Realm, Rights, Unavai
 from deskfleet.portal.auth_ldap import group_name
 from deskfleet.portal.auth_settings import Endpoint
 from deskfleet.portal.distant import Away, Deadline, Servers
+from deskfleet.portal.room import Room
 from deskfleet.portal.throttle import folded
 
 PATIENCE_S = 30
@@ -128,9 +131,39 @@ class Hanging:
         return identity
 
 
+def test_c08_whoever_comes_while_one_hangs_holds_no_thread() -> None:
+    now = [0.0]
+    room = Room(2, lambda: now[0])
+    with room.place() as first:
+        now[0] = 0.6  # it has waited for longer than any healthy server takes
+        with room.place() as second:
+            assert first and second, "there was room"
+            for _ in range(1000):
+                with room.place() as third:
+                    assert not third
+    with room.place() as again:
+        assert again
+
+
+def test_c08_a_class_that_logs_in_at_once_gets_in_one_after_another() -> None:
+    room, inside, most = Room(2, time.monotonic), [0], [0]
+
+    def log_in(_: int) -> bool:
+        with room.place() as found:
+            inside[0] += found
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.005)
+            inside[0] -= found
+            return found
+
+    with ThreadPoolExecutor(16) as people:
+        assert all(people.map(log_in, range(50)))
+    assert most[0] <= 2
+
+
 def test_c08_a_method_that_hangs_takes_some_threads_only() -> None:
     method = Hanging()
-    chain = Chain([method], frozenset(), room=2)
+    chain = Chain([method], frozenset(), room=Room(2, time.monotonic))
     threads = [threading.Thread(target=chain.check, args=("alice", PASSWORD)) for _ in range(2)]
     for thread in threads:
         thread.start()
