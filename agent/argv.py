@@ -25,7 +25,7 @@ from pathlib import Path
 from uuid import UUID
 
 from deskfleet.agent.devices import HUGE_PAGE_MIB
-from deskfleet.agent.volumes import Kind, Mount, told
+from deskfleet.agent.volumes import Kind, Mount, shares_memory, told
 from deskfleet.schemas.machine import Drivers, Firmware, Format, Os, Video
 from deskfleet.schemas.messages import VmStart
 
@@ -145,7 +145,7 @@ def qemu(
     network. `huge` takes the memory from huge pages; `roms` are files for functions of the GPU, by address, and ""
     hides a function's own. `frozen`: a template, or a fork that waits for its state."""
     want = start.resources
-    shared = any(mount.volume.kind is Kind.VIRTIOFS for mount in mounts)
+    shared = shares_memory(mounts)
     return [
         binary,
         "-nodefaults",

@@ -21,7 +21,7 @@ from deskfleet.agent import argv as build
 from deskfleet.agent.guest_agent import GuestAgent
 from deskfleet.agent.qmp import Monitor
 from deskfleet.agent.template_store import Template, TemplateError
-from deskfleet.agent.volumes import Mount, told
+from deskfleet.agent.volumes import Mount, shares_memory, told
 from deskfleet.schemas.machine import Os
 from deskfleet.schemas.messages import VmStart
 
@@ -29,6 +29,7 @@ from deskfleet.schemas.messages import VmStart
 HOOK_S = 60.0
 _ENTROPY = 64
 _CARD, _CLIPBOARD = "card", "clipboard"
+_PLAIN_MEMORY: dict[str, object] = {"qom-type": "memory-backend-ram"}
 
 #: What an image brings along, by the guest's family: the hook, and the mark of a desktop that is ready.
 HOOKS = {
@@ -70,7 +71,7 @@ async def receive(qemu: Monitor, state: Path) -> None:
 IGNORE_SHARED: dict[str, object] = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
 
 
-async def grow(qemu: Monitor, template: Template, start: VmStart, disk: int) -> None:
+async def grow(qemu: Monitor, template: Template, start: VmStart, mounts: Sequence[Mount], disk: int) -> None:
     """Give a fork that has not run yet the size that was asked for; its disk has `disk` bytes.
 
     Raises:
@@ -84,7 +85,9 @@ async def grow(qemu: Monitor, template: Template, start: VmStart, disk: int) -> 
             await qemu.command("device_add", {"driver": slot["type"], "id": f"cpu-more{number}", **slot["props"]})
     if want.memory_mib > blueprint.memory_mib:
         size = (want.memory_mib - blueprint.memory_mib) << 20
-        await qemu.command("object-add", {"qom-type": "memory-backend-ram", "id": "ram-more", "size": size})
+        # vhost-user servers end when some of the memory has no file that they can map.
+        kind = {"qom-type": "memory-backend-memfd", "share": True} if shares_memory(mounts) else _PLAIN_MEMORY
+        await qemu.command("object-add", {**kind, "id": "ram-more", "size": size})
         await qemu.command("device_add", {"driver": "pc-dimm", "id": "dimm-more", "memdev": "ram-more"})
     if want.disk_gib << 30 > disk:
         await qemu.command("block_resize", {"node-name": "disk", "size": want.disk_gib << 30})

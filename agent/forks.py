@@ -66,8 +66,9 @@ class Forks:
         """
         async with first_monitor(self._starter.paths(start.sid).qmp, ended, self._config.ready_s) as qemu:
             await fork.receive(qemu, template.files.state)
-            await fork.grow(qemu, template, start, self._disks.virtual_size(start.sid))
-            await fork.plug_volumes(qemu, self._starter.mounts(start))
+            mounts = self._starter.mounts(start)
+            await fork.grow(qemu, template, start, mounts, self._disks.virtual_size(start.sid))
+            await fork.plug_volumes(qemu, mounts)
             await qemu.command("cont")
         if self.templates:
             self.templates.worked(start.template)

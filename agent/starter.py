@@ -19,7 +19,7 @@ from deskfleet.agent.lan import Lan, LanError
 from deskfleet.agent.processes import Limits, Process, Spawn, arguments, pids
 from deskfleet.agent.seal import frozen
 from deskfleet.agent.template_store import Template, copy_memory
-from deskfleet.agent.volumes import Kind, Mount, Volume, VolumeError, mounts, ready
+from deskfleet.agent.volumes import Kind, Mount, Volume, VolumeError, mounts, ready, shares_memory
 from deskfleet.schemas.errors import DeskfleetError, Reason
 from deskfleet.schemas.machine import Firmware
 from deskfleet.schemas.messages import VmStart
@@ -124,8 +124,7 @@ class Starter:
             _give(shutil.copyfile(template.files.vars, paths.vars), uid)
         with contextlib.ExitStack() as ends:
             memory, shared = template.memory, False
-            # A file server reads and writes the guest's memory by itself, so that must be one that can be shared.
-            if template.blueprint.copied or any(mount.volume.kind is Kind.VIRTIOFS for mount in found):
+            if template.blueprint.copied or shares_memory(found):
                 memory, shared = await asyncio.to_thread(copy_memory, memory), True
                 ends.callback(os.close, memory)
             form = frozen(template.blueprint, memory, template.ports, shared=shared, disk=template.files.disk)

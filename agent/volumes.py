@@ -128,6 +128,11 @@ def ready(mount: Mount) -> None:
         raise VolumeError(f"volume {volume.tag}: {mount.path}: {error.strerror}") from error
 
 
+def shares_memory(mounts: Iterable[Mount]) -> bool:
+    """Whether a file server reads and writes the memory of a guest that sees these: all of it must be shared then."""
+    return any(mount.volume.kind is Kind.VIRTIOFS for mount in mounts)
+
+
 def told(mounts: Iterable[Mount]) -> str:
     """What the guest is told, one line a volume: tag, kind, ro or rw, where to mount it."""
     return "".join(
