@@ -122,8 +122,7 @@ async def _run(settings: AgentSettings, *, purge: bool) -> int:
     trouble: list[str] = []
     bus.on_fatal(lambda error: _alarm(error, trouble))
     metrics = Metrics("agent")
-    live = lambda: float(sum(1 for entry in service.agent.entries if entry.live))  # noqa: E731
-    metrics.gauge("guests", "Guests that this host holds", live)
+    metrics.gauge("guests", "Guests that this host holds", lambda: sum(entry.live for entry in service.agent.entries))
     unfit = "GPUs that are kept out of use until an administrator releases them"
     metrics.gauge("gpus_in_quarantine", unfit, lambda: service.lending.in_quarantine)
     ops = serve(*address(settings.ops_listen), metrics.registry, lambda: _health(bus, service, trouble), clock)

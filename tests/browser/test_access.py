@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from demo.smoke import CHROMIUM, CHROMIUM_ARGS
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from support.fake_console import FakeConsole
 from support.furnished import PERSON, RUNNING, Shown, furnish
 from support.sites import Site
@@ -18,14 +17,6 @@ AXE = Path(__file__).parents[1] / "vendor" / "axe.js"
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 800}
 SERIOUS = ("serious", "critical")
 PAGES: list[Shown] = []
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from demo.smoke import CHROMIUM, CHROMIUM_ARGS
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, expect
 from support.fake_console import FakeConsole
 from support.portals import PASSWORD, World
 from support.sites import Site
@@ -20,14 +19,6 @@ from deskfleet.schemas.wire import encode
 
 SID = "a" * 32
 HOSTILE = "<img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture

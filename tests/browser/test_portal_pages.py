@@ -10,8 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from demo.smoke import CHROMIUM, CHROMIUM_ARGS
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 from support.fake_console import FakeConsole
 from support.portals import PASSWORD
 from support.sites import PATIENCE_MS, Site
@@ -32,14 +31,6 @@ from deskfleet.schemas.wire import decode
 SID = "a" * 32
 SHORT = Verdict("h1", Reason.MEMORY_SHORT, "2.1 of 4 GiB free")
 HOSTILE = "<img src=x onerror=alert(1)>"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_ARGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -29,11 +30,14 @@ from deskfleet.runtime.certificates import Authority
 from deskfleet.runtime.service import SystemClock
 from deskfleet.schemas import topology
 from deskfleet.schemas.bundle import Bundle
-from deskfleet.schemas.machine import Machine
-from deskfleet.schemas.messages import HostFence, VmStart
+from deskfleet.schemas.errors import Reason
+from deskfleet.schemas.machine import Instant, Machine, ReadyBy, Share, Size
+from deskfleet.schemas.messages import HostFence, HostTemplates, VmStart, VmStop
+from deskfleet.schemas.session import Outcome
+from deskfleet.schemas.template import blueprints
 from deskfleet.schemas.wire import encode
 
-SID = "7" * 32
+SID, FORKED = "7" * 32, "8" * 32
 SECRET = "s" * 40
 #: By their numbers in capabilities(7): CHOWN, DAC_OVERRIDE, KILL, SETGID, SETUID, NET_BIND_SERVICE, NET_ADMIN
 CAPABILITIES = sum(1 << number for number in (0, 1, 5, 6, 7, 10, 12))
@@ -156,7 +160,7 @@ def until(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.05)
 
 
-def send(site: Site, *messages: HostFence | VmStart) -> None:
+def send(site: Site, *messages: HostFence | HostTemplates | VmStart | VmStop) -> None:
     """Commands to the host, as its scheduler."""
     up = threading.Event()
     bus = AmqpBus(
@@ -190,13 +194,18 @@ def processes_of(part: str) -> list[list[str]]:
     return [line for line in lines if any(part in word for word in line)]
 
 
+def keepers() -> set[int]:
+    """The processes that hold the memory of templates."""
+    return {p.pid for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "infinity"]}
+
+
 def status_of(process: psutil.Process) -> dict[str, str]:
     lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
-    debian = site.debian
+    debian, before = site.debian, keepers()
     offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "/mnt/one"}
 
     # Where systemd does not run, everything is put in place and what is left to do is said.
@@ -219,7 +228,9 @@ def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
     (debian.root / "root/h7.bundle").write_text(site.bundle())
     override = debian.root / "etc/systemd/system/deskfleet-agent.service.d/ops.conf"
     override.parent.mkdir()
-    override.write_text(f"[Service]\nEnvironment=DESKFLEET_AGENT__OPS_LISTEN=127.0.0.1:{site.ops}\n")
+    more = {"OPS_LISTEN": f"127.0.0.1:{site.ops}", "TEMPLATE_LOAD": "1000.0", "TEMPLATE_STILL_S": "0.5"}
+    lines = [f"Environment=DESKFLEET_AGENT__{name}={value}" for name, value in more.items()]
+    override.write_text("\n".join(["[Service]", *lines, ""]))
     first = debian.ok(f"{INSTALL} --from /mnt/one --bundle /root/h7.bundle")
     assert re.search(r"^good +qemu ", first, re.MULTILINE) and re.search(r"^good +broker ", first, re.MULTILINE), first
     assert "\nbad" not in first
@@ -256,14 +267,25 @@ def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
     assert len(debian.path(f"/sys/fs/cgroup{home}/h7/{SID}/cgroup.procs").read_text().split()) == 2
     assert "refuse" in debian.run("systemctl stop deskfleet-guests").stdout.lower()
 
-    # An upgrade: another agent, the same guest under the same viewer. The former release stays.
+    # A template is made and forked in there as well.
+    (wanted,) = blueprints(replace(site.machine, instant=Instant(ReadyBy.STILL, Share.MACHINE, (Size(1, 128),))))
+    send(site, HostTemplates("h7", "1" * 16, (wanted,)))
+    until(lambda: list(debian.path("/var/lib/deskfleet/agent/instant").glob("*/template.json")), "the template")
+    send(site, start_order(site.machine, FORKED, 2, resources=SMALL, template=wanted.key))
+    fork = debian.path(f"/var/lib/deskfleet/agent/journal/{FORKED}.json")
+    until(lambda: '"running"' in text(fork), "the fork")
+    assert '"forked"' in text(fork) and keepers() - before
+
+    # An upgrade: another agent, the same guests under the same viewer. The former release stays.
     assert debian.ok(f"{INSTALL} --from /mnt/two").endswith("the agent runs\n")
     upgraded = site.pid()
     assert upgraded != agent and debian.ok("readlink /opt/deskfleet/current").endswith("/2.0.0-1\n")
-    assert guest.is_running() and site.metric("deskfleet_agent_guests") == 1
-    before = region_hash(viewer.picture(), TINY_TEXT)
+    assert guest.is_running() and site.metric("deskfleet_agent_guests") == 2
+    send(site, VmStop(FORKED, 3, Outcome.STOPPED, Reason.STOPPED_BY_USER))
+    until(lambda: site.metric("deskfleet_agent_guests") == 1, "the fork's end")
+    seen = region_hash(viewer.picture(), TINY_TEXT)
     viewer.type("hello")
-    until(lambda: region_hash(viewer.picture(), TINY_TEXT) != before, "the typed text")
+    until(lambda: region_hash(viewer.picture(), TINY_TEXT) != seen, "the typed text")
     assert debian.ok("ls /opt/deskfleet/releases").split() == ["1.0.0-1", "2.0.0-1"]
 
     # A release that does not start is left again.
@@ -284,4 +306,5 @@ def test_from_a_bare_machine_to_a_host_and_back(site: Site) -> None:
     assert site.ours() == []
     assert debian.run("systemctl cat deskfleet-agent").returncode != 0
     assert "deskfleet_h7" not in debian.ok("nft list tables")
+    assert not keepers() - before, "nothing holds the template's memory any more"
     until(lambda: not processes_of("/opt/deskfleet/"), "the last process's end")
