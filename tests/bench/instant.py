@@ -110,7 +110,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="dfb", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         folder.chmod(0o711)
-        fleet = Fleet(folder / "fleet", hosts=1, say=print, overrides={"agent": {"powerdown_s": "0"}})
+        fleet = Fleet(
+            folder / "fleet",
+            hosts=1,
+            say=print,
+            overrides={"agent": {"powerdown_s": "0"}, "scheduler": {"cpu_overcommit": 16.0}},
+        )
         build(fleet, "desktop")
         entry = fleet.state / "catalogue/desktop.toml"
         booted = entry.read_text().replace('[instant]\nready = "mark"\n', "")
