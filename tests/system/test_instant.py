@@ -240,7 +240,7 @@ def test_a_machine_with_uefi_is_forked_with_variables_of_its_own(images: tuple[P
             )
             (wanted,) = blueprints(machine)
             # The firmware's own screens stand still for a while as well.
-            async with await host(folder, (place, machine), template_still_s=4.0).start() as one:
+            async with await host(folder, (place, machine), template_still_s=8.0).start() as one:
                 await keep(one, wanted)
                 for number in (1, 2):
                     assert await fork(one, number, wanted.key) is Birth.FORKED
