@@ -324,7 +324,9 @@ class Decisions:
         work: list[Callable[[Unit], object]] = []
         waited = self.queue.waited
         for session in self._fleet.waiting():
-            waited[session.sid] = waited.get(session.sid, session.waited_s) + elapsed
+            known = waited.get(session.sid)
+            # Who came since the last look has not waited since then: a leader may have been paused for long.
+            waited[session.sid] = session.waited_s if known is None else known + elapsed
             if waited[session.sid] > session.wait_s:
                 work.append(self._give_up(session))
         for host, state in self._fleet.hosts.items():

@@ -66,6 +66,22 @@ def test_a_wait_can_be_cancelled_and_ends_at_its_deadline() -> None:
     assert (ended.outcome, ended.reason) == (Outcome.NO_CAPACITY, Reason.WAITED_TOO_LONG)
 
 
+def test_who_comes_while_the_leader_is_paused_has_not_waited_for_the_pause() -> None:
+    control = Control(ONE_EACH)
+    control.host(cpus=1)
+    control.launch()
+    before = control.launch("bo", wait_s=60)
+    control.wait(2)
+    control.clock.now += 40.0  # the leader stands still, and goes on with what came meanwhile
+    after = control.launch("cy", wait_s=30)
+    control.wait(10)
+    assert control.state(before) == control.state(after) == "queued"
+    control.wait(12)
+    assert (control.state(before), control.state(after)) == ("ended", "queued"), "it has waited for all of it"
+    control.wait(10)
+    assert control.state(after) == "ended"
+
+
 def test_a_deadline_counts_waiting_and_not_the_date() -> None:
     control = Control(ONE_EACH)
     control.host(cpus=1)
