@@ -14,7 +14,7 @@ from sim.mistakes import MISTAKES, made
 from sim.shrink import symptom
 from sim.walk import Walk
 
-WITHIN = 200
+WITHIN = 300
 
 
 def first(mistake: str) -> int | None:
