@@ -377,8 +377,7 @@ def test_what_the_catalogue_no_longer_names_is_not_fetched_on(site: Site, source
             fetcher.told(told(IMAGE, wanted=[IMAGE]))
             await until(source.hanging.is_set)
             fetcher.told(told())
-            await until(lambda: site.names() == set())
-            assert fetcher.report() == ()
+            await until(lambda: site.names() == set() and fetcher.report() == ())
 
     run(work())
 
